@@ -1,0 +1,25 @@
+"""The few helpers that at least two of the transformer-memory packages call."""
+
+from __future__ import annotations
+
+from .checkpoints import register_key_map
+from .generation import generate, next_token_pairs, stream
+from .layers import FeedForward, eval_mode
+from .sampling import filter_logits, sample, top_k
+from .tensors import masked_mean, pad_to
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "FeedForward",
+    "eval_mode",
+    "filter_logits",
+    "generate",
+    "masked_mean",
+    "next_token_pairs",
+    "pad_to",
+    "register_key_map",
+    "sample",
+    "stream",
+    "top_k",
+]

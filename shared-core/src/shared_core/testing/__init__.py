@@ -1,0 +1,31 @@
+"""Assertions that the test suites of all packages share. Never imported by a model."""
+
+from __future__ import annotations
+
+from .behaviour import (
+    assert_causal,
+    assert_masked_ignored,
+    assert_pieces_equal_whole,
+    assert_prefix_consistent,
+    assert_same_gradients,
+)
+from .graphs import assert_compiles, assert_exports
+from .parallel import assert_data_parallel
+from .portability import assert_hub_round_trip, assert_portable
+from .processes import run_ranks
+from .readme import python_blocks
+
+__all__ = [
+    "assert_causal",
+    "assert_compiles",
+    "assert_data_parallel",
+    "assert_exports",
+    "assert_hub_round_trip",
+    "assert_masked_ignored",
+    "assert_pieces_equal_whole",
+    "assert_portable",
+    "assert_prefix_consistent",
+    "assert_same_gradients",
+    "python_blocks",
+    "run_ranks",
+]

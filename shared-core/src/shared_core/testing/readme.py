@@ -1,0 +1,34 @@
+"""The examples of a README, as tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def python_blocks(markdown_path: str | Path) -> list[str]:
+    """The Python blocks of a Markdown file, fenced by three backquotes and `python`.
+
+    Returns:
+        One source text a block. Each starts with as many empty lines as the file has before it, so
+        `exec(compile(block, markdown_path, "exec"), {})` reports the file's own line numbers.
+
+    Raises:
+        ValueError: there is no such block, or the last one is not closed.
+    """
+    blocks: list[str] = []
+    block: list[str] | None = None
+    lines = Path(markdown_path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        fence = line.strip()
+        if block is None and fence == "```python":
+            block = [""] * (number + 1)
+        elif block is not None and fence == "```":
+            blocks.append("\n".join(block) + "\n")
+            block = None
+        elif block is not None:
+            block.append(line)
+    if block is not None:
+        raise ValueError(f"a python block of {markdown_path} is not closed")
+    if not blocks:
+        raise ValueError(f"{markdown_path} has no python block")
+    return blocks
