@@ -1,0 +1,90 @@
+"""Training loss and sampling around a causal model, in the reference's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from h_transformer_1d.model import HTransformer1D
+from shared_core import eval_mode, generate, next_token_pairs, top_k
+
+__all__ = ["AutoregressiveWrapper", "top_k"]
+
+
+class AutoregressiveWrapper(nn.Module):
+    """Next-token loss and generation for a causal model of tokens.
+
+    Args:
+        net: maps (b, n) tokens to (b, n, num_tokens) logits; has `max_seq_len`.
+        ignore_index: target that does not count in the loss.
+        pad_value: fills short rows and what follows the end of a row.
+    """
+
+    def __init__(self, net: nn.Module, ignore_index: int = -100, pad_value: int = 0) -> None:
+        super().__init__()
+        self.pad_value = pad_value
+        self.ignore_index = ignore_index
+        self.net = net
+        self.max_seq_len = int(net.max_seq_len)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy of each token given those before it, in nats.
+
+        Args:
+            x: (b, n) tokens, or a list of 1-D tensors of any lengths >= 2.
+            mask: (b, n) or (b, n - 1) boolean, True = take part; masked targets do not count.
+        """
+        inputs, targets, mask = next_token_pairs(
+            x, mask, pad_value=self.pad_value, ignore_index=self.ignore_index
+        )
+        logits = self.net(inputs) if mask is None else self.net(inputs, mask=mask)
+        return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=self.ignore_index)
+
+    def generate(
+        self,
+        start_tokens: Tensor,
+        seq_len: int,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        filter_logits_fn: Callable[..., Tensor] = top_k,
+        filter_thres: float = 0.9,
+    ) -> Tensor:
+        """Samples a continuation.
+
+        Args:
+            start_tokens: (b, t) or (t,) tokens, t >= 1.
+            seq_len: number of tokens to sample.
+            eos_token: ends its row; the rest of the row is `pad_value`.
+            temperature: of the softmax; 0 takes the most probable token.
+            filter_logits_fn: called as fn(logits (b, num_tokens), thres=filter_thres).
+            filter_thres: part of the vocabulary that the filter leaves out.
+
+        Returns:
+            The new tokens, (b, seq_len) or (seq_len,).
+        """
+        prompt = start_tokens[None] if start_tokens.dim() == 1 else start_tokens
+        with eval_mode(self):
+            out = generate(
+                self._step,
+                prompt,
+                seq_len,
+                temperature=temperature,
+                eos_token=eos_token,
+                pad_value=self.pad_value,
+                filter_fn=partial(filter_logits_fn, thres=filter_thres),
+            )
+        return out[0] if start_tokens.dim() == 1 else out
+
+    def _step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        net = self.net
+        if isinstance(net, HTransformer1D) and not net.legacy:
+            return net.advance(tokens, state)
+        # Any other model sees its last `max_seq_len` tokens again.
+        seen = tokens if state is None else torch.cat((state, tokens), 1)
+        seen = seen[:, -self.max_seq_len :]
+        return net(seen), seen
