@@ -308,7 +308,7 @@ def generation(lib: Library, device: torch.device) -> tuple[nn.Module, Tensor]:
 
 
 def keep_only(*kept: int) -> Callable[..., Tensor]:
-    def filter_logits(logits: Tensor, thres: float) -> Tensor:
+    def filter_logits(logits: Tensor, thres: float) -> Tensor:  # noqa: ARG001
         at = torch.tensor(kept, device=logits.device)
         return torch.full_like(logits, float("-inf")).index_copy_(1, at, logits[:, at])
 
@@ -387,7 +387,7 @@ def check_reversible_checkpoint_loads_into_sequential(lib: Library, device: torc
 
 def check_unknown_constructor_keywords_are_refused(lib: Library, device: torch.device) -> None:
     try:
-        lib.HAttention1D(16, no_such_option=1)
+        lib.HAttention1D(16, no_such_option=1).to(device)
     except TypeError:
         return
     raise AssertionError("an unknown keyword was swallowed")

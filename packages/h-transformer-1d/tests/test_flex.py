@@ -19,20 +19,20 @@ MODES = [
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("n", [1, 5, 16, 33, 100, 128])
-@pytest.mark.parametrize("options", ["plain", "mask", "bias", "heads", "everything"])
+@pytest.mark.parametrize("n", [1, 33, 100])
+@pytest.mark.parametrize("options", ["plain", "mask", "everything"])
 def test_flex_forward_equals_oracle(
     device: torch.device, mode: dict[str, Any], n: int, options: str
 ) -> None:
     generator = torch.Generator().manual_seed(n)
-    heads = 2 if options in ("heads", "everything") else 4
+    heads = 2 if options == "everything" else 4
     q = torch.randn(2, 4, n, 16, generator=generator).to(device)
     k, v = torch.randn(2, 2, heads, n, 16, generator=generator).to(device)
     mask = bias = None
     if options in ("mask", "everything"):
         mask = (torch.rand(2, n, generator=generator) < 0.6).to(device)
         mask[1, n // 2 :] = False
-    if options in ("bias", "everything"):
+    if options == "everything":
         bias = torch.randn(3, 4, generator=generator).to(device)
     settings = {**mode, "block_size": 8, "mask": mask}
     with torch.no_grad():

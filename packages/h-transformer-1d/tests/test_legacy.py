@@ -318,7 +318,7 @@ def test_loading_hooks_travel(make_model: Any) -> None:
     """Copies and pickles of a model still read the reference's checkpoints."""
     kind = {"reversible": True, "causal": True, "shift_tokens": False}
     model = make_model(reversible=False)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.load_state_dict(reference_state(**kind))
 
 

@@ -199,7 +199,7 @@ def test_model_options(
     refused(error, lambda: HTransformer1D(**model_arguments(**changes)), *fragments)
 
 
-def test_a_rotary_embedding_wider_than_a_head(device: torch.device) -> None:
+def test_a_rotary_embedding_wider_than_a_head() -> None:
     pos_emb = RotaryEmbedding(dim=12)
     refused(ValueError, lambda: HTransformer1D(**model_arguments(pos_emb=pos_emb)), 12, 8)
     refused(ValueError, lambda: HAttention1D(16, heads=2, dim_head=8, pos_emb=pos_emb), 12, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from h_transformer_1d import (
     SequentialSequence,
 )
 from h_transformer_1d.oracle import h_attention_oracle
+from shared_core.testing import assert_causal, assert_masked_ignored, assert_pieces_equal_whole
 
 VARIANTS = {
     "sibling": {},
@@ -306,14 +306,14 @@ def test_max_seq_len_may_be_anything(
 def test_causal_at_every_token(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
     model = shake(make_model(**changes).double())
     x = tokens(1, 41)
+    assert_causal(model, x, atol=0.0)
+    # And nothing before is out of sight.
     with torch.no_grad():
         out = model(x)
         for t in range(41):
             other = x.clone()
             other[0, t] = x[0, t] % 19 + 1
-            moved = (model(other) != out)[0].any(dim=-1)
-            assert not moved[:t].any(), t
-            assert moved[t:].all(), t
+            assert (model(other) != out)[0, t:].any(dim=-1).all(), t
 
 
 @pytest.mark.parametrize("changes", BIDIRECTIONAL_MODELS)
@@ -341,53 +341,51 @@ def test_masked_tail_equals_trimmed(make_model: Any, tokens: Any, changes: dict[
         )
 
 
+def awkward_mask(device: torch.device) -> Tensor:
+    """Three rows of 45: scattered places, whole blocks as well, and a row without a token."""
+    mask = torch.rand(3, 45, generator=torch.Generator().manual_seed(2)).to(device) < 0.6
+    mask[1, 12:28] = False
+    mask[2] = False
+    return mask
+
+
 @pytest.mark.parametrize("changes", ALL_MODELS)
 def test_masked_tokens_have_no_influence(
     make_model: Any, tokens: Any, changes: dict[str, Any]
 ) -> None:
+    """On no output and on no gradient, the embedding's included."""
     model = shake(make_model(**changes).double())
     x = tokens(3, 45)
-    mask = torch.rand(3, 45, generator=torch.Generator().manual_seed(2)).to(x.device) < 0.6
-    mask[1, 12:28] = False
-    mask[2] = False
-    other = torch.where(mask, x, x % 19 + 1)
-    gradients = []
-    outputs = []
-    for given in (x, other):
-        out = model(given, mask=mask)
-        assert out.isfinite().all()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        gradients.append(torch.autograd.grad(out[mask].square().sum(), parameters))
-        outputs.append(out.detach())
-    torch.testing.assert_close(outputs[0][mask], outputs[1][mask], atol=0, rtol=0)
-    # The embedding's gradient included: what is masked is not learnt from.
-    for a, e in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-12, rtol=0)
-    assert not torch.equal(outputs[0], model(x))
+    mask = awkward_mask(x.device)
+    assert_masked_ignored(model, x, mask, parameters=list(model.parameters()))
+    out = model(x, mask=mask)
+    assert out.isfinite().all()
+    assert not torch.equal(out, model(x))
 
 
 @pytest.mark.parametrize("changes", ALL_MODELS)
 def test_nan_in_masked_embeddings(
     device: torch.device, make_model: Any, changes: dict[str, Any]
 ) -> None:
-    """Embeddings in: NaN and infinity in masked places reach no output and no gradient."""
     model = shake(make_model(num_tokens=None, **changes).double())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 45, 16, generator=generator, dtype=torch.float64).to(device)
-    mask = (torch.rand(3, 45, generator=generator) < 0.6).to(device)
-    mask[1, 12:28] = False
-    mask[2] = False
-    results = []
-    for hidden in (0.0, math.nan, math.inf):
-        given = x.masked_fill(~mask[..., None], hidden).requires_grad_()
-        out = model(given, mask=mask)
-        leaves = [given] + [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(out[mask].square().sum(), leaves)
-        assert (gradients[0][~mask] == 0).all()
-        results.append([out[mask].detach(), *gradients])
-    for result in results[1:]:
-        for a, e in zip(result, results[0], strict=True):
-            torch.testing.assert_close(a, e, atol=1e-12, rtol=0)
+    assert_masked_ignored(model, x, awkward_mask(device), parameters=list(model.parameters()))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_nan_in_masked_attention_inputs(device: torch.device, causal: bool) -> None:
+    settings = {"heads": 2, "dim_head": 8, "block_size": 4, "level_bias": True}
+    attention: nn.Module
+    if causal:
+        attention = CausalHAttention1D(16, max_seq_len=64, **settings)
+    else:
+        attention = HAttention1D(16, **settings)
+    attention = shake(attention.to(device, torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 45, 16, generator=generator, dtype=torch.float64).to(device)
+    mask = awkward_mask(device)
+    assert_masked_ignored(attention, x, mask, parameters=list(attention.parameters()))
 
 
 @pytest.mark.parametrize("changes", ALL_MODELS)
@@ -416,25 +414,22 @@ def pieces(model: HTransformer1D, x: Tensor, cuts: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
-def test_token_by_token_equals_whole(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
+def test_pieces_equal_whole(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
     model = shake(make_model(**changes).double()).eval()
-    x = tokens(2, 64)
-    with torch.no_grad():
-        stepped = pieces(model, x, list(range(1, 64)))
-        torch.testing.assert_close(stepped, model(x), atol=1e-10, rtol=0)
+    x = tokens(2, 37)
+    state = model.init_state(2)
+    assert_pieces_equal_whole(model, model.step, x, state=state)
+    equal = [[size] * (37 // size) + [37 % size] for size in (2, 3, 4, 5, 7, 8, 16)]
+    assert_pieces_equal_whole(model, model.step, x, equal, state=state)
 
 
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
-def test_every_split_equals_whole(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
+def test_token_by_token_equals_whole(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
     model = shake(make_model(**changes).double()).eval()
-    x = tokens(2, 37)
-    with torch.no_grad():
-        whole = model(x)
-        for cut in range(1, 37):
-            torch.testing.assert_close(pieces(model, x, [cut]), whole, atol=1e-10, rtol=0)
-        for size in (2, 3, 4, 5, 7, 8, 16):
-            cuts = list(range(size, 37, size))
-            torch.testing.assert_close(pieces(model, x, cuts), whole, atol=1e-10, rtol=0)
+    one_by_one = [[1] * 64]
+    assert_pieces_equal_whole(
+        model, model.step, tokens(2, 64), one_by_one, state=model.init_state(2)
+    )
 
 
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
@@ -542,7 +537,7 @@ def test_reorder_a_state(make_model: Any, tokens: Any, changes: dict[str, Any]) 
 def test_detach_and_move_a_state(make_model: Any, tokens: Any, device: torch.device) -> None:
     model = make_model(shift_tokens=True).eval()
     x = tokens(2, 20)
-    logits, state = model(x[:, :13], return_state=True)
+    _, state = model(x[:, :13], return_state=True)
     assert any(y.requires_grad for y in tensors_of(state))
     detached = state.detach()
     assert not any(y.requires_grad for y in tensors_of(detached))
@@ -723,7 +718,7 @@ def test_ff_mult(make_model: Any) -> None:
     assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
 
 
-def test_constructors_start_like_the_reference(make_model: Any) -> None:
+def test_constructors_start_like_the_reference() -> None:
     """The reference's initial distributions: normal embedding, uniform linear maps."""
     torch.manual_seed(0)
     model = HTransformer1D(num_tokens=500, dim=64, depth=1, max_seq_len=64)

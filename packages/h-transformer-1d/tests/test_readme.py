@@ -17,4 +17,4 @@ def test_the_readme_has_examples() -> None:
 def test_the_examples_run_one_after_the_other() -> None:
     namespace = {"__name__": "readme"}
     for block in BLOCKS:
-        exec(compile(block, str(README), "exec"), namespace)  # noqa: S102
+        exec(compile(block, str(README), "exec"), namespace)

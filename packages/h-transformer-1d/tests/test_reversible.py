@@ -165,21 +165,18 @@ def test_no_gradient_wanted(device: torch.device) -> None:
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes of distinct memory that the graph of a forward pass keeps alive."""
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = model(x)
+    assert out.requires_grad
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: alive.append(saved) or pack(saved), lambda saved: saved
-    ):
-        model(x)
-    return sum(kept.values())
+    storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in saved)}
+    return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
 def test_memory_does_not_grow_with_depth(make_model: Any, tokens: Any) -> None:

@@ -144,7 +144,7 @@ def test_temperature(make_model: Any, tokens: Any) -> None:
     """Very hot draws are nearly uniform over what the filter keeps, very cold ones greedy."""
     wrapper = AutoregressiveWrapper(make_model())
     prompt = tokens(1, 6).expand(400, 6)
-    everything = {"filter_logits_fn": lambda logits, thres: logits}
+    everything = {"filter_logits_fn": lambda logits, **_: logits}
     torch.manual_seed(0)
     cold = wrapper.generate(prompt, 1, temperature=1e-4, **everything)
     assert torch.equal(cold, wrapper.generate(prompt, 1, temperature=0.0, **everything))

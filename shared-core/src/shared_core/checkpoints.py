@@ -19,8 +19,8 @@ def register_key_map(module: nn.Module, rules: Sequence[tuple[str, str | None]])
     stays. The outcome must be exactly the module's own names. Otherwise nothing is touched, and
     foreign keys are left for strict loading to report. The module still pickles and deep-copies.
 
-    Raises ValueError for an expression or a replacement that is none; loading raises it for a set of keys that is
-    translated in part, or to the same names twice.
+    Raises ValueError for an invalid rule; loading raises it for a set of keys that translates only
+    in part, or twice to the same name.
     """
     try:
         compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
@@ -52,9 +52,9 @@ class _KeyMap:
         twice = [name for name, count in names.items() if count > 1]
         if missing or unexpected or twice:
             raise ValueError(
-                f"{type(module).__name__} cannot translate {len(given)} keys below the prefix "
-                f"{prefix!r} to its own {len(own)} names: {len(missing)} missing {missing[:3]}, "
-                f"{len(unexpected)} unexpected {unexpected[:3]}, {len(twice)} present under two names {twice[:3]}"
+                f"{type(module).__name__} cannot translate {len(given)} keys below {prefix!r} to "
+                f"its own {len(own)} names: {len(missing)} missing {missing[:3]}, {len(unexpected)}"
+                f" unexpected {unexpected[:3]}, {len(twice)} under two names {twice[:3]}"
             )
         state_dict.update({f"{prefix}{name}": x for name, x in pairs if name is not None})
 

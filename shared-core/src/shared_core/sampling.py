@@ -79,7 +79,7 @@ def sample(
         return logits.argmax(dim=-1)
     wide = _widen(logits)
     limits = torch.finfo(wide.dtype)
-    # The largest becomes 0, so that no temperature overflows; the limits keep 0 / 0 and inf / inf out.
+    # The largest becomes 0: no temperature overflows. The limits keep 0 / 0 and inf / inf out.
     scaled = wide - wide.amax(-1, keepdim=True)
     scaled = scaled / min(max(temperature, limits.tiny), limits.max)
     return torch.multinomial(scaled.softmax(-1), 1, generator=generator)[:, 0]

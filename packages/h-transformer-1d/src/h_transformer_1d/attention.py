@@ -1,125 +1,308 @@
-"""`h_attention`: checks its input and chooses how to compute it."""
+"""Attention modules: projections, rotary positions and one hierarchical attention.
+
+Shapes: b batch, n tokens, t new tokens, d model width, h query heads, g key/value heads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from einops import rearrange
+from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from torch import Tensor, nn
 
-from h_transformer_1d.checks import IMPLEMENTATIONS, check_dropout, check_mask, check_options
-from h_transformer_1d.flex import attend_flex
-from h_transformer_1d.fused import attend_fused
-from h_transformer_1d.plain import attend_plain
+from h_transformer_1d.checks import (
+    check_dropout,
+    check_embeddings,
+    check_length,
+    check_mask,
+    check_options,
+    check_positive,
+    check_rotary,
+)
+from h_transformer_1d.hierarchy import h_attention
+from h_transformer_1d.legacy import (
+    CAUSAL_ATTENTION_KEYS,
+    attend_legacy,
+    check_legacy_length,
+    check_legacy_options,
+)
+from h_transformer_1d.state import LayerState, attend_state, layer_of_tokens, slot_bias
+from shared_core import register_key_map
+
+# More levels than any length has: a checkpoint with a level bias fits every `max_seq_len`.
+_BIASED_LEVELS = 32
 
 
-def h_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    mask: Tensor | None = None,
-    block_size: int,
-    scheme: str = "sibling",
-    query_resolution: str = "fine",
-    level_bias: Tensor | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    impl: str = "auto",
-) -> Tensor:
-    """Hierarchical attention (Zhu & Soricut 2021, section 4) with one softmax over all levels.
+class RotaryOwner(nn.Module):
+    """Keeps the rotary frequencies in full precision where the module is cast to bf16 or fp16.
 
-    Nearby tokens are seen one by one, tokens at a distance as means of 2, 4, 8, ...; a mean of
-    n tokens carries a logit of log(n), so that every row is a weighted mean over all tokens
-    it may see. The paper sums values and normalises each level by itself; here the rows of the
-    attention matrix sum to one.
+    Rounded frequencies turn into wrong angles after a few hundred tokens.
+    """
+
+    pos_emb: RotaryEmbedding | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryOwner:
+        before = None if self.pos_emb is None else self.pos_emb.freqs.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.pos_emb is not None and before is not None:
+            after = self.pos_emb.freqs
+            if after.dtype.itemsize < before.dtype.itemsize:
+                after.data = before.to(after.device)
+        return self
+
+
+def rotary_angles(pos_emb: RotaryEmbedding, start: int, length: int, device: Any) -> Tensor:
+    """(length, r) angles of the positions from `start` on, in the type of the frequencies."""
+    positions = pos_emb.get_seq_pos(length, device=device, dtype=pos_emb.freqs.dtype, offset=start)
+    angles: Tensor = pos_emb(positions)
+    return angles
+
+
+class Attention(RotaryOwner):
+    """Projections, rotary positions and one hierarchical attention."""
+
+    causal: bool
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        dim_head: int,
+        block_size: int,
+        pos_emb: RotaryEmbedding | None,
+        eps: float,
+        scheme: str,
+        query_resolution: str,
+        level_bias: bool,
+        kv_heads: int | None,
+        dropout: float,
+        legacy: bool,
+    ) -> None:
+        super().__init__()
+        groups = heads if kv_heads is None else kv_heads
+        check_positive(
+            dim=dim, heads=heads, dim_head=dim_head, block_size=block_size, kv_heads=groups
+        )
+        if heads % groups:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {groups}")
+        check_options(block_size, scheme, query_resolution, self.causal)
+        check_dropout("dropout", dropout)
+        check_rotary(pos_emb, dim_head, legacy)
+        if legacy:
+            check_legacy_options(
+                scheme=scheme == "sibling",
+                query_resolution=query_resolution == "fine",
+                level_bias=not level_bias,
+                kv_heads=groups == heads,
+                dropout=dropout == 0.0,
+            )
+        self.heads = heads
+        self.kv_heads = groups
+        self.dim_head = dim_head
+        self.block_size = block_size
+        self.scheme = scheme
+        self.query_resolution = query_resolution
+        self.dropout = dropout
+        self.eps = eps
+        self.legacy = legacy
+        self.pos_emb = pos_emb
+        self.to_qkv = nn.Linear(dim, (heads + 2 * groups) * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim)
+        self.level_bias = nn.Parameter(torch.zeros(_BIASED_LEVELS, heads)) if level_bias else None
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, angles: Tensor | None = None
+    ) -> Tensor:
+        """Attends over a sequence.
+
+        Args:
+            x: (b, n, d).
+            mask: (b, n) boolean, True = take part. Masked tokens, NaN included, change nothing.
+            angles: (n, r) rotary angles instead of those of `pos_emb`.
+
+        Returns:
+            (b, n, d).
+
+        Raises:
+            TypeError: `mask` is not boolean, or x not floating point.
+            ValueError: a shape does not fit.
+        """
+        self._check(x, mask)
+        if angles is None and self.pos_emb is not None:
+            angles = rotary_angles(self.pos_emb, 0, x.shape[1], x.device)
+        out, _, _ = self._forward(x, mask, angles)
+        return out
+
+    def prefill(
+        self, x: Tensor, mask: Tensor | None, angles: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        """`forward` at any length, and the state after the last token."""
+        out, keys, values = self._forward(x, mask, angles)
+        return out, layer_of_tokens(keys, values, mask, self.block_size)
+
+    def _forward(
+        self, x: Tensor, mask: Tensor | None, angles: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.legacy:
+            q, k, v = self._project(x, angles)
+            if angles is not None:
+                v = apply_rotary_emb(angles, v)
+            out = attend_legacy(
+                q, k, v, mask, causal=self.causal, block_size=self.block_size, eps=self.eps
+            )
+            return self._merge(out), k, v
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0.0)
+        q, k, v = self._project(x, angles)
+        out = h_attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            mask=mask,
+            block_size=self.block_size,
+            scheme=self.scheme,
+            query_resolution=self.query_resolution,
+            level_bias=self.level_bias,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self._merge(out), k, v
+
+    def step(
+        self, x: Tensor, layer: LayerState, logits: Tensor, angles: Tensor
+    ) -> tuple[Tensor, LayerState]:
+        """The output (b, t, d) of tokens that fit in the open block, and the state after them."""
+        q, k, v = self._project(x, angles)
+        layer = layer.append(k, v)
+        bias = None
+        if self.level_bias is not None:
+            sizes = layer.closed_keys.shape[2], layer.open_keys.shape[2]
+            bias = slot_bias(self.level_bias, *sizes, self.block_size)
+        return self._merge(attend_state(q, layer, logits, bias, self.dim_head**-0.5)), layer
+
+    def _project(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, h, n, d) and keys, values (b, g, n, d); the first two rotated."""
+        sizes = [heads * self.dim_head for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (
+            rearrange(part, "b n (h d) -> b h n d", d=self.dim_head)
+            for part in self.to_qkv(x).split(sizes, -1)
+        )
+        if angles is not None:
+            q, k = apply_rotary_emb(angles, q), apply_rotary_emb(angles, k)
+        return q, k, v
+
+    def _merge(self, x: Tensor) -> Tensor:
+        out: Tensor = self.to_out(rearrange(x, "b h n d -> b n (h d)"))
+        return out
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        dim = self.to_qkv.in_features
+        check_embeddings(x, dim)
+        if mask is not None:
+            check_mask(mask, x.shape[0], x.shape[1])
+
+
+class HAttention1D(Attention):
+    """Bidirectional hierarchical attention with its projections.
 
     Args:
-        q: (b, h, n, d), any n >= 1.
-        k, v: (b, g, n, d); h is a multiple of g, and h / g neighbouring query heads share one.
-        causal: a token sees itself and what is before it.
-        mask: (b, n) boolean, True = take part. Masked tokens are seen by no one and ask with a
-            query of 0; what they hold, NaN included, changes nothing. A row with nothing to see
-            gives 0.
+        dim: model width.
+        heads: query heads.
+        dim_head: width of a head.
         block_size: tokens that are seen one by one around each token.
-        scheme: "sibling" halves the sequence again and again, "neighbor" is the paper's
-            partition: more accurate, about 1.5 times the work, needs an even block size.
-        query_resolution: "fine", or "coarse" to average queries at the level of the keys they
-            meet, the paper's O(n) form; not with `causal`, where a mean would see later queries.
-        level_bias: (levels, h) added to the logits of each level; levels beyond use the last row.
-        scale: factor of the logits, 1 / sqrt(d) by default.
-        dropout: probability of dropping an attention weight.
-        impl: "auto", or "fused" (own backward pass, memory linear in n), "plain"
-            (differentiable operations), "flex" (`torch.nn.attention.flex_attention`, made for
-            CUDA, without `query_resolution="coarse"`, dropout and double backward).
-
-    Returns:
-        (b, h, n, d) in the type of q.
-
-    Raises:
-        TypeError: a tensor has the wrong type.
-        ValueError: a shape or an option is out of range.
+        pos_emb: rotary embedding of queries and keys, or None.
+        eps: added to the normaliser with `legacy`; the exact softmax needs none.
+        scheme, query_resolution: see `h_attention`.
+        level_bias: learn a bias for every level and head.
+        kv_heads: key/value heads, each shared by heads / kv_heads query heads.
+        dropout: of attention weights while training.
+        legacy: reproduce the numbers of h-transformer-1d 0.1.9.
     """
-    _check_tensors(q, k, v, mask, level_bias)
-    check_options(block_size, scheme, query_resolution, causal)
-    check_dropout("dropout", dropout)
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
-    coarse = query_resolution == "coarse"
-    if impl == "flex" and (coarse or dropout):
-        raise ValueError(
-            "impl 'flex' has neither coarse queries nor dropout, got "
-            f"query_resolution={query_resolution!r} and dropout={dropout}"
+
+    causal = False
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        dim_head: int = 64,
+        block_size: int = 16,
+        pos_emb: RotaryEmbedding | None = None,
+        eps: float = 1e-8,
+        scheme: str = "sibling",
+        query_resolution: str = "fine",
+        level_bias: bool = False,
+        kv_heads: int | None = None,
+        dropout: float = 0.0,
+        legacy: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            heads=heads,
+            dim_head=dim_head,
+            block_size=block_size,
+            pos_emb=pos_emb,
+            eps=eps,
+            scheme=scheme,
+            query_resolution=query_resolution,
+            level_bias=level_bias,
+            kv_heads=kv_heads,
+            dropout=dropout,
+            legacy=legacy,
         )
-    if impl == "fused" and dropout:
-        raise ValueError(f"impl 'fused' has no dropout, got {dropout}; use 'plain'")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if q.numel() == 0:
-        return q * 1.0
-    if mask is not None:
-        q, k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (q, k, v))
-    if impl == "auto":
-        if dropout:
-            impl = "plain"
-        elif q.device.type == "cuda" and not coarse and q.dtype != torch.float64:
-            impl = "flex"
-        else:
-            impl = "fused"
-    options = (block_size, causal, scheme, coarse, scale)
-    if impl == "plain":
-        return attend_plain(q, k, v, mask, level_bias, *options, dropout)
-    if impl == "flex":
-        return attend_flex(q, k, v, mask, level_bias, block_size, causal, scheme, scale)
-    out: Tensor = attend_fused(q, k, v, mask, level_bias, *options)[0]
-    return out
 
 
-def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, level_bias: Tensor | None
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be (b, h, n, d), got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share a type, got {q.dtype} and {name} {x.dtype}")
-    b, h, n, d = q.shape
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must share a shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if (k.shape[0], k.shape[2], k.shape[3]) != (b, n, d):
-        raise ValueError(
-            f"k must match q in b, n and d, got {tuple(k.shape)} for q {tuple(q.shape)}"
+class CausalHAttention1D(Attention):
+    """Causal hierarchical attention with its projections.
+
+    Args:
+        max_seq_len: longest sequence that `forward` accepts.
+        Others: as `HAttention1D`.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        max_seq_len: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        block_size: int = 16,
+        eps: float = 1e-8,
+        pos_emb: RotaryEmbedding | None = None,
+        scheme: str = "sibling",
+        level_bias: bool = False,
+        kv_heads: int | None = None,
+        dropout: float = 0.0,
+        legacy: bool = False,
+    ) -> None:
+        check_positive(max_seq_len=max_seq_len)
+        super().__init__(
+            dim,
+            heads=heads,
+            dim_head=dim_head,
+            block_size=block_size,
+            pos_emb=pos_emb,
+            eps=eps,
+            scheme=scheme,
+            query_resolution="fine",
+            level_bias=level_bias,
+            kv_heads=kv_heads,
+            dropout=dropout,
+            legacy=legacy,
         )
-    if k.shape[1] < 1 or h % k.shape[1]:
-        raise ValueError(f"{h} query heads cannot share {k.shape[1]} key/value heads")
-    if n < 1:
-        raise ValueError(f"the sequence must hold at least 1 token, got shape {tuple(q.shape)}")
-    if mask is not None:
-        check_mask(mask, b, n)
-    if level_bias is not None and (
-        level_bias.dim() != 2 or level_bias.shape[0] < 1 or level_bias.shape[1] != h
-    ):
-        raise ValueError(
-            f"level_bias must be (levels, {h} heads), got shape {tuple(level_bias.shape)}"
-        )
+        if legacy:
+            check_legacy_length(max_seq_len, block_size)
+        self.max_seq_len = max_seq_len
+        register_key_map(self, CAUSAL_ATTENTION_KEYS)
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        super()._check(x, mask)
+        check_length(x.shape[1], self.max_seq_len)

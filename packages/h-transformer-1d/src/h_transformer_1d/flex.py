@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from h_transformer_1d.hierarchy import (
+from h_transformer_1d.pyramid import (
     Level,
     Window,
     accumulator,
@@ -40,7 +40,7 @@ def attend_flex(
     scheme: str,
     scale: float,
 ) -> Tensor:
-    """See `attention.h_attention`; q (b, h, n, d), k and v (b, g, n, d) -> (b, h, n, d)."""
+    """See `hierarchy.h_attention`; q (b, h, n, d), k and v (b, g, n, d) -> (b, h, n, d)."""
     b, h, n, _ = q.shape
     depth = count_levels(n, block_size)
     levels = list(pyramid(k, v, token_count(mask, q, causal, depth), depth))

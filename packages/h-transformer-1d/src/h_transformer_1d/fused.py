@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from h_transformer_1d.hierarchy import (
+from h_transformer_1d.kernels import (
+    Rectangles,
+    Rows,
+    attend_patch,
+    attend_patch_backward,
+    has_flash_backward,
+)
+from h_transformer_1d.plain import attend_plain
+from h_transformer_1d.pyramid import (
     EMPTY,
     Level,
     Patch,
@@ -33,14 +41,6 @@ from h_transformer_1d.hierarchy import (
     pyramid,
     token_count,
 )
-from h_transformer_1d.kernels import (
-    Rectangles,
-    Rows,
-    attend_patch,
-    attend_patch_backward,
-    has_flash_backward,
-)
-from h_transformer_1d.plain import attend_plain
 
 # Elements of a tensor that stay in a core's cache: so many heads are worked on at a time.
 _WORKING_SET = 2**20
@@ -301,7 +301,7 @@ def attend_fused(
     coarse: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `attention.h_attention`.
+    """See `hierarchy.h_attention`.
 
     Args:
         q: (b, h, n, d). k, v: (b, g, n, d), zero where masked.

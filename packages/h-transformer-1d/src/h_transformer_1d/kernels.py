@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from h_transformer_1d.hierarchy import EMPTY
+from h_transformer_1d.pyramid import EMPTY
 
 # PyTorch's fused CPU attention returns the log-sum-exp only through these two operators. They are
 # private, so a release without them takes the matrix products below.

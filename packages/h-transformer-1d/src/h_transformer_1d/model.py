@@ -1,4 +1,4 @@
-"""The modules: hierarchical attention, bidirectional and causal, and a transformer of them.
+"""The model: a transformer with hierarchical attention.
 
 Shapes: b batch, n tokens, t new tokens, d model width, h query heads, g key/value heads.
 """
@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from einops import rearrange
-from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
-from h_transformer_1d.attention import h_attention
+from h_transformer_1d.attention import (
+    Attention,
+    CausalHAttention1D,
+    HAttention1D,
+    RotaryOwner,
+    rotary_angles,
+)
 from h_transformer_1d.checks import (
     check_dropout,
     check_embeddings,
@@ -25,9 +30,7 @@ from h_transformer_1d.checks import (
     check_tokens,
 )
 from h_transformer_1d.legacy import (
-    CAUSAL_ATTENTION_KEYS,
     MODEL_KEYS,
-    attend_legacy,
     check_legacy_length,
     check_legacy_options,
 )
@@ -35,290 +38,12 @@ from h_transformer_1d.reversible import ReversibleSequence, SequentialSequence
 from h_transformer_1d.state import (
     LayerState,
     State,
-    attend_state,
     close_block,
     empty_layer,
-    layer_of_tokens,
-    slot_bias,
     state_logits,
     state_of_layers,
 )
 from shared_core import FeedForward, eval_mode, generate, register_key_map, stream
-
-# More levels than any length has: a checkpoint with a level bias fits every `max_seq_len`.
-_BIASED_LEVELS = 32
-
-
-class _RotaryOwner(nn.Module):
-    """Keeps the rotary frequencies in full precision where the module is cast to bf16 or fp16.
-
-    Rounded frequencies turn into wrong angles after a few hundred tokens.
-    """
-
-    pos_emb: RotaryEmbedding | None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _RotaryOwner:
-        before = None if self.pos_emb is None else self.pos_emb.freqs.detach()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.pos_emb is not None and before is not None:
-            after = self.pos_emb.freqs
-            if after.dtype.itemsize < before.dtype.itemsize:
-                after.data = before.to(after.device)
-        return self
-
-
-def rotary_angles(pos_emb: RotaryEmbedding, start: int, length: int, device: Any) -> Tensor:
-    """(length, r) angles of the positions from `start` on, in the type of the frequencies."""
-    positions = pos_emb.get_seq_pos(length, device=device, dtype=pos_emb.freqs.dtype, offset=start)
-    angles: Tensor = pos_emb(positions)
-    return angles
-
-
-class _Attention(_RotaryOwner):
-    """Projections, rotary positions and one hierarchical attention."""
-
-    causal: bool
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        dim_head: int,
-        block_size: int,
-        pos_emb: RotaryEmbedding | None,
-        eps: float,
-        scheme: str,
-        query_resolution: str,
-        level_bias: bool,
-        kv_heads: int | None,
-        dropout: float,
-        legacy: bool,
-    ) -> None:
-        super().__init__()
-        groups = heads if kv_heads is None else kv_heads
-        check_positive(
-            dim=dim, heads=heads, dim_head=dim_head, block_size=block_size, kv_heads=groups
-        )
-        if heads % groups:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {groups}")
-        check_options(block_size, scheme, query_resolution, self.causal)
-        check_dropout("dropout", dropout)
-        check_rotary(pos_emb, dim_head, legacy)
-        if legacy:
-            check_legacy_options(
-                scheme=scheme == "sibling",
-                query_resolution=query_resolution == "fine",
-                level_bias=not level_bias,
-                kv_heads=groups == heads,
-                dropout=dropout == 0.0,
-            )
-        self.heads = heads
-        self.kv_heads = groups
-        self.dim_head = dim_head
-        self.block_size = block_size
-        self.scheme = scheme
-        self.query_resolution = query_resolution
-        self.dropout = dropout
-        self.eps = eps
-        self.legacy = legacy
-        self.pos_emb = pos_emb
-        self.to_qkv = nn.Linear(dim, (heads + 2 * groups) * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim)
-        self.level_bias = nn.Parameter(torch.zeros(_BIASED_LEVELS, heads)) if level_bias else None
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, angles: Tensor | None = None
-    ) -> Tensor:
-        """Attends over a sequence.
-
-        Args:
-            x: (b, n, d).
-            mask: (b, n) boolean, True = take part. Masked tokens, NaN included, change nothing.
-            angles: (n, r) rotary angles instead of those of `pos_emb`.
-
-        Returns:
-            (b, n, d).
-
-        Raises:
-            TypeError: `mask` is not boolean, or x not floating point.
-            ValueError: a shape does not fit.
-        """
-        self._check(x, mask)
-        if angles is None and self.pos_emb is not None:
-            angles = rotary_angles(self.pos_emb, 0, x.shape[1], x.device)
-        out, _, _ = self._forward(x, mask, angles)
-        return out
-
-    def prefill(
-        self, x: Tensor, mask: Tensor | None, angles: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
-        """`forward` at any length, and the state after the last token."""
-        out, keys, values = self._forward(x, mask, angles)
-        return out, layer_of_tokens(keys, values, mask, self.block_size)
-
-    def _forward(
-        self, x: Tensor, mask: Tensor | None, angles: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.legacy:
-            q, k, v = self._project(x, angles)
-            if angles is not None:
-                v = apply_rotary_emb(angles, v)
-            out = attend_legacy(
-                q, k, v, mask, causal=self.causal, block_size=self.block_size, eps=self.eps
-            )
-            return self._merge(out), k, v
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0.0)
-        q, k, v = self._project(x, angles)
-        out = h_attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            mask=mask,
-            block_size=self.block_size,
-            scheme=self.scheme,
-            query_resolution=self.query_resolution,
-            level_bias=self.level_bias,
-            dropout=self.dropout if self.training else 0.0,
-        )
-        return self._merge(out), k, v
-
-    def step(
-        self, x: Tensor, layer: LayerState, logits: Tensor, angles: Tensor
-    ) -> tuple[Tensor, LayerState]:
-        """The output (b, t, d) of tokens that fit in the open block, and the state after them."""
-        q, k, v = self._project(x, angles)
-        layer = layer.append(k, v)
-        bias = None
-        if self.level_bias is not None:
-            sizes = layer.closed_keys.shape[2], layer.open_keys.shape[2]
-            bias = slot_bias(self.level_bias, *sizes, self.block_size)
-        return self._merge(attend_state(q, layer, logits, bias, self.dim_head**-0.5)), layer
-
-    def _project(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (b, h, n, d) and keys, values (b, g, n, d); the first two rotated."""
-        sizes = [heads * self.dim_head for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (
-            rearrange(part, "b n (h d) -> b h n d", d=self.dim_head)
-            for part in self.to_qkv(x).split(sizes, -1)
-        )
-        if angles is not None:
-            q, k = apply_rotary_emb(angles, q), apply_rotary_emb(angles, k)
-        return q, k, v
-
-    def _merge(self, x: Tensor) -> Tensor:
-        out: Tensor = self.to_out(rearrange(x, "b h n d -> b n (h d)"))
-        return out
-
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        dim = self.to_qkv.in_features
-        check_embeddings(x, dim)
-        if mask is not None:
-            check_mask(mask, x.shape[0], x.shape[1])
-
-
-class HAttention1D(_Attention):
-    """Bidirectional hierarchical attention with its projections.
-
-    Args:
-        dim: model width.
-        heads: query heads.
-        dim_head: width of a head.
-        block_size: tokens that are seen one by one around each token.
-        pos_emb: rotary embedding of queries and keys, or None.
-        eps: added to the normaliser with `legacy`; the exact softmax needs none.
-        scheme, query_resolution: see `h_attention`.
-        level_bias: learn a bias for every level and head.
-        kv_heads: key/value heads, each shared by heads / kv_heads query heads.
-        dropout: of attention weights while training.
-        legacy: reproduce the numbers of h-transformer-1d 0.1.9.
-    """
-
-    causal = False
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int = 8,
-        dim_head: int = 64,
-        block_size: int = 16,
-        pos_emb: RotaryEmbedding | None = None,
-        eps: float = 1e-8,
-        scheme: str = "sibling",
-        query_resolution: str = "fine",
-        level_bias: bool = False,
-        kv_heads: int | None = None,
-        dropout: float = 0.0,
-        legacy: bool = False,
-    ) -> None:
-        super().__init__(
-            dim,
-            heads=heads,
-            dim_head=dim_head,
-            block_size=block_size,
-            pos_emb=pos_emb,
-            eps=eps,
-            scheme=scheme,
-            query_resolution=query_resolution,
-            level_bias=level_bias,
-            kv_heads=kv_heads,
-            dropout=dropout,
-            legacy=legacy,
-        )
-
-
-class CausalHAttention1D(_Attention):
-    """Causal hierarchical attention with its projections.
-
-    Args:
-        max_seq_len: longest sequence that `forward` accepts.
-        Others: as `HAttention1D`.
-    """
-
-    causal = True
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        max_seq_len: int,
-        heads: int = 8,
-        dim_head: int = 64,
-        block_size: int = 16,
-        eps: float = 1e-8,
-        pos_emb: RotaryEmbedding | None = None,
-        scheme: str = "sibling",
-        level_bias: bool = False,
-        kv_heads: int | None = None,
-        dropout: float = 0.0,
-        legacy: bool = False,
-    ) -> None:
-        check_positive(max_seq_len=max_seq_len)
-        super().__init__(
-            dim,
-            heads=heads,
-            dim_head=dim_head,
-            block_size=block_size,
-            pos_emb=pos_emb,
-            eps=eps,
-            scheme=scheme,
-            query_resolution="fine",
-            level_bias=level_bias,
-            kv_heads=kv_heads,
-            dropout=dropout,
-            legacy=legacy,
-        )
-        if legacy:
-            check_legacy_length(max_seq_len, block_size)
-        self.max_seq_len = max_seq_len
-        register_key_map(self, CAUSAL_ATTENTION_KEYS)
-
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        super()._check(x, mask)
-        check_length(x.shape[1], self.max_seq_len)
 
 
 class _PreNorm(nn.Module):
@@ -345,7 +70,7 @@ class _PreNorm(nn.Module):
 
 
 class _AttentionLayer(_PreNorm):
-    body: _Attention
+    body: Attention
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, angles: Tensor | None = None
@@ -393,7 +118,7 @@ def shift_features(
     return torch.cat((*parts, x[..., len(shifts) * width :]), -1), handed_on
 
 
-class HTransformer1D(_RotaryOwner):
+class HTransformer1D(RotaryOwner):
     """A transformer with hierarchical attention (Zhu & Soricut 2021).
 
     Args:
@@ -474,7 +199,7 @@ class HTransformer1D(_RotaryOwner):
         self.token_emb = None if num_tokens is None else nn.Embedding(num_tokens, dim)
         self.pos_emb = RotaryEmbedding(dim_head) if pos_emb is None else pos_emb
 
-        def attention() -> _Attention:
+        def attention() -> Attention:
             options: dict[str, Any] = {
                 "heads": heads,
                 "dim_head": dim_head,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from h_transformer_1d.hierarchy import (
+from h_transformer_1d.kernels import patch_logits
+from h_transformer_1d.pyramid import (
     EMPTY,
     accumulator,
     count_levels,
@@ -19,7 +20,6 @@ from h_transformer_1d.hierarchy import (
     pyramid,
     token_count,
 )
-from h_transformer_1d.kernels import patch_logits
 
 
 def attend_plain(
@@ -35,7 +35,7 @@ def attend_plain(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """See `attention.h_attention`; q (b, h, n, d), k and v (b, g, n, d) -> (b, h, n, d)."""
+    """See `hierarchy.h_attention`; q (b, h, n, d), k and v (b, g, n, d) -> (b, h, n, d)."""
     _, h, n, d = q.shape
     k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
     depth = count_levels(n, block_size)

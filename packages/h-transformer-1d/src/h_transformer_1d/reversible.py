@@ -9,12 +9,13 @@ layer from its outputs instead of having kept them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from h_transformer_1d.legacy import REVERSIBLE_KEYS
 from shared_core import register_key_map
@@ -123,10 +124,13 @@ class SequentialSequence(_Sequence):
 class ReversibleSequence(_Sequence):
     """Reversible residual layers: training keeps the activations of one layer, not of all.
 
-    Works in training and evaluation, with dropout, frozen inputs, `torch.autograd.grad` and
-    autocast. Under `torch.compile` the same function runs with ordinary autograd.
+    Works in training and evaluation, with dropout, frozen inputs, `torch.autograd.grad`, autocast,
+    DDP and FSDP2. Under `torch.compile` the same function runs without saving memory.
 
-    Args: as `SequentialSequence`.
+    Args:
+        blocks: pairs (f, g) of modules, each (b, n, d) -> (b, n, d).
+        args_route: for each keyword of `forward`, one (to f, to g) a layer.
+        layer_dropout: probability with which training leaves a layer out.
     """
 
     def __init__(
@@ -147,11 +151,7 @@ class ReversibleSequence(_Sequence):
         pairs = self.kept(self.bind(**arguments))
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.run(x, pairs)
-        held: list[Tensor] = [p for p in self.parameters() if p.requires_grad]
-        held += [a for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
-        y1, y2 = _Reversible.apply(x, pairs, *held)  # type: ignore[no-untyped-call]
-        out: Tensor = y1 + y2
-        return out
+        return _Chain(x, [function for pair in pairs for function in pair]).result()
 
     @staticmethod
     def run(x: Tensor, pairs: Iterable[tuple[Function, Function]]) -> Tensor:
@@ -163,74 +163,64 @@ class ReversibleSequence(_Sequence):
         return x1 + x2
 
 
-class _Replay:
-    """A function that can be called again under the random state and autocast of its first call."""
+class _Chain:
+    """The states s_0 = s_1 = x and s_(k+2) = s_k + F_k(s_(k+1)) of a reversible stack.
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    Every F_k is checkpointed. A state's storage is freed as soon as no later state needs it; when
+    the backward pass computes F_k again, the value gives s_k = s_(k+2) - F_k(s_(k+1)) back.
+    """
 
-    def first(self, x: Tensor) -> Tensor:
-        self.cpu_state = torch.get_rng_state()
-        self.devices, self.device_states = get_device_states(x)
-        kind = x.device.type
-        self.autocast = (
-            kind,
-            torch.get_autocast_dtype(kind),
-            torch.is_autocast_enabled(kind),
-            torch.is_autocast_cache_enabled(),
-        )
-        return self.function(x)
+    def __init__(self, x: Tensor, functions: list[Function]) -> None:
+        self.functions = functions
+        self.states = [x, x]
+        self.called: set[int] = set()
+        for k in range(len(functions)):
+            # The value is wanted to its end, though gradients may need only its beginning.
+            with set_checkpoint_early_stop(False):
+                value = checkpoint(partial(self._call, k), self.states[k + 1], use_reentrant=False)
+            self.states.append(self.states[k] + value)
+            self._free(k)
 
-    def again(self, x: Tensor) -> Tensor:
-        kind, dtype, enabled, cache = self.autocast
-        with (
-            torch.random.fork_rng(self.devices, device_type=kind if self.devices else "cuda"),
-            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache),
-        ):
-            torch.set_rng_state(self.cpu_state)
-            set_device_states(self.devices, self.device_states)
-            return self.function(x)
+    def result(self) -> Tensor:
+        return self.states[-2] + self.states[-1]
+
+    def _call(self, k: int, x: Tensor) -> Tensor:
+        """F_k(x), which is called once forward and again in the backward pass."""
+        if k not in self.called:
+            self.called.add(k)
+            return self.functions[k](x)
+        self._restore(k + 1)
+        if _is_freed(x):
+            # Within another checkpoint, x is the state of a chain that was made again.
+            _fill(x, self.states[k + 1].detach())
+        value = self.functions[k](x)
+        self._give_back(k, value)
+        self._free(k + 2)
+        return value
+
+    def _free(self, k: int) -> None:
+        """Frees s_k, unless it is the input or one of the last two."""
+        if 2 <= k < len(self.functions):
+            self.states[k].untyped_storage().resize_(0)
+
+    def _restore(self, k: int) -> None:
+        """Gives s_k back where no gradient has asked for F_k, which then draws no numbers."""
+        if _is_freed(self.states[k]):
+            self._restore(k + 2)
+            self._restore(k + 1)
+            with torch.no_grad():
+                self._give_back(k, self.functions[k](self.states[k + 1]))
+
+    def _give_back(self, k: int, value: Tensor) -> None:
+        if _is_freed(self.states[k]):
+            _fill(self.states[k], self.states[k + 2].detach() - value.detach())
 
 
-class _Reversible(torch.autograd.Function):
-    """(x, pairs, *held) -> (y1, y2); `held` are the tensors that want a gradient from inside."""
+def _is_freed(x: Tensor) -> bool:
+    return x.numel() > 0 and x.untyped_storage().size() == 0
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, pairs: list[tuple[Function, Function]], *held: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.pairs = [(_Replay(f), _Replay(g)) for f, g in pairs]
-        y1 = y2 = x
-        for f, g in ctx.pairs:
-            y1 = y1 + f.first(y2)
-            y2 = y2 + g.first(y1)
-        ctx.save_for_backward(y1, y2, *held)
-        return y1, y2
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        y1, y2, *held = ctx.saved_tensors
-        grad1, grad2 = grads
-        sums: list[Tensor | None] = [None] * len(held)
-
-        def pull(replay: _Replay, at: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-            """The function's value at `at`, and what `grad` of it asks of `at`."""
-            with torch.enable_grad():
-                at = at.detach().requires_grad_()
-                value = replay.again(at)
-                found = torch.autograd.grad(value, (at, *held), grad, allow_unused=True)
-            for i, part in enumerate(found[1:]):
-                if part is not None:
-                    before = sums[i]
-                    sums[i] = part if before is None else before + part
-            return value.detach(), torch.zeros_like(at) if found[0] is None else found[0]
-
-        for f, g in reversed(ctx.pairs):
-            value, step = pull(g, y1, grad2)
-            y2 = y2 - value
-            grad1 = grad1 + step
-            value, step = pull(f, y2, grad1)
-            y1 = y1 - value
-            grad2 = grad2 + step
-        return grad1 + grad2, None, *sums
+def _fill(x: Tensor, content: Tensor) -> None:
+    """Gives x storage again; through `data`, so that autograd sees no change of what it saved."""
+    x.untyped_storage().resize_(x.numel() * x.element_size())
+    x.data.copy_(content)

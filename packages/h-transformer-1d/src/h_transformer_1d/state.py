@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from h_transformer_1d.hierarchy import (
+from h_transformer_1d.pyramid import (
     EMPTY,
     Level,
     accumulator,
@@ -211,10 +211,9 @@ def state_logits(state: State, t: int) -> Tensor:
     logits = torch.cat((state.closed_logit, state.open_logit), 1)[:, None, None]
     if t == 1:
         return logits
-    size = state.open_logit.shape[1]
     later = torch.ones(t, logits.shape[-1], dtype=torch.bool, device=logits.device)
     later = later.triu(1 + logits.shape[-1] - t)
-    return logits.expand(-1, 1, t, -1).masked_fill(later, EMPTY) if size else logits
+    return logits.expand(-1, 1, t, -1).masked_fill(later, EMPTY)
 
 
 def attend_state(
@@ -230,15 +229,17 @@ def attend_state(
     Returns:
         (b, h, t, d).
     """
-    heads, t = q.shape[1:3]
+    b, heads, t, d = q.shape
     groups = layer.open_keys.shape[1]
-    rows = q.reshape(len(q), groups, heads // groups * t, -1)
+    closed = layer.closed_keys.shape[2]
+    # Query heads that share a key/value head are rows of one product.
+    rows = q.reshape(b, groups, heads // groups * t, d)
     products = torch.cat((rows @ layer.closed_keys.mT, rows @ layer.open_keys.mT), 3)
-    scores = products.view(len(q), heads, t, -1).to(logits.dtype) * scale + logits
+    slots = products.shape[3]
+    scores = products.view(b, heads, t, slots).to(logits.dtype) * scale + logits
     if slot_bias is not None:
         scores = scores + slot_bias
-    weight = scores.softmax(-1).to(q.dtype).view(len(q), groups, heads // groups * t, -1)
-    closed = layer.closed_keys.shape[2]
+    weight = scores.softmax(-1).to(q.dtype).view(b, groups, heads // groups * t, slots)
     out = weight[..., :closed] @ layer.closed_values + weight[..., closed:] @ layer.open_values
     return out.view(q.shape)
 

@@ -42,8 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     except (RuntimeError, AssertionError) as error:
         raise pytest.UsageError(f"--device {name} cannot be used: {error}") from error
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    # Thousands of lines without content, which pytest would show with every failure.
-    logging.getLogger("torch.__trace").propagate = False
+    if not os.environ.get("TORCH_TRACE"):
+        # pytest would add its handler to this logger otherwise, and by that start torch's trace:
+        # slower compilation, and thousands of lines without content behind every failure.
+        trace = logging.getLogger("torch.__trace")
+        trace.propagate = True
+        trace.handlers.clear()
     if not config.getoption("--hypothesis-profile", None):
         _settle_hypothesis()
 

@@ -11,12 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-GRACE = 10.0
-"""Seconds in which a process that hangs reports where, before it is killed."""
+STARTUP: float = 30.0
+"""Seconds that processes may take to start, on top of the time limit."""
 
 
 def run_ranks(
@@ -31,7 +32,8 @@ def run_ranks(
         function: at the top level of a module or test file.
         world_size: the number of processes.
         *args: what `torch.save` can store.
-        timeout: seconds for all of it; processes still running then are killed.
+        timeout: seconds that the function may take. A process that is still running then tells
+            where it is, and ends; if it cannot, it is killed 30 seconds later.
 
     Returns:
         What the function returned, by rank.
@@ -45,11 +47,11 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.save(args, folder / "args")
-        processes = [
-            _start(folder, [*target, str(rank), str(world_size), str(timeout)], rank)
-            for rank in range(world_size)
-        ]
+        processes: list[subprocess.Popen[bytes]] = []
         try:
+            for rank in range(world_size):
+                numbers = [str(rank), str(world_size), str(timeout)]
+                processes.append(_start(folder, [*target, *numbers], rank))
             _wait(processes, folder, timeout)
         finally:
             for process in processes:
@@ -93,6 +95,11 @@ def _load_file(file: str, module: str) -> None:
     spec = importlib.util.spec_from_file_location(module, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file")
+    # pytest names test files after their folders, which unpickling asks for as packages.
+    parts = module.split(".")
+    for depth in range(1, len(parts)):
+        parent = ".".join(parts[:depth])
+        sys.modules.setdefault(parent, ModuleType(parent))
     # In its place before its code runs, so that arguments of its own classes unpickle.
     sys.modules[module] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[module])
@@ -114,21 +121,23 @@ def _start(folder: Path, arguments: list[str], rank: int) -> subprocess.Popen[by
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> None:
-    end = time.monotonic() + timeout + GRACE
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [rank for rank, code in enumerate(codes) if code]
-        late = time.monotonic() > end
-        if failed or late:
-            shown = failed or [rank for rank, code in enumerate(codes) if code is None]
-            logs = "\n".join(f"rank {rank}:\n{_log(folder, rank)}" for rank in shown)
-            if late or any((folder / f"late{rank}").exists() for rank in shown):
-                raise TimeoutError(f"no result within {timeout} seconds\n{logs}")
-            raise RuntimeError(f"rank {', '.join(map(str, shown))} failed\n{logs}")
-        if all(code == 0 for code in codes):
-            return
+    end = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes):
+        now = time.monotonic()
+        # A rank that fails because its time is up has reported where it was; so will the others.
+        if now > end + STARTUP or (now < end and any(process.poll() for process in processes)):
+            break
         time.sleep(0.02)
-
-
-def _log(folder: Path, rank: int) -> str:
-    return (folder / f"log{rank}").read_text(encoding="utf-8", errors="replace")
+    late = time.monotonic() > end
+    codes = {rank: process.poll() for rank, process in enumerate(processes)}
+    failed = [rank for rank, code in codes.items() if code or (late and code is None)]
+    if not failed:
+        return
+    logs = "".join(
+        f"\nrank {rank}, exit status {codes[rank]}:\n"
+        + (folder / f"log{rank}").read_text(encoding="utf-8", errors="replace")
+        for rank in failed
+    )
+    if late:
+        raise TimeoutError(f"{len(failed)} ranks not done within {timeout} seconds{logs}")
+    raise RuntimeError(f"{len(failed)} of {len(processes)} ranks failed{logs}")

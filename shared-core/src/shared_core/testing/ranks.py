@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .poison import poison_uninitialised_memory
-from .processes import resolve
+from .processes import STARTUP, resolve
 
 
 def main(
@@ -20,7 +20,7 @@ def main(
     """Calls the function in the process group and stores what it returns."""
     rank, timeout = int(rank_text), float(timeout_text)
     # Tells where a hanging process is, and ends it.
-    faulthandler.dump_traceback_later(timeout, exit=True)
+    faulthandler.dump_traceback_later(STARTUP + timeout, exit=True)
     folder = Path.cwd()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -32,8 +32,11 @@ def main(
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=int(world_size),
-        timeout=timedelta(seconds=timeout),
+        # Not the first to give up: its message would not tell where the rank is.
+        timeout=timedelta(seconds=timeout + STARTUP),
     )
+    # Anew: what the function may take begins here.
+    faulthandler.dump_traceback_later(timeout, exit=True)
     result = function(*args)
     torch.save(result, folder / f"result{rank}")
     dist.destroy_process_group()

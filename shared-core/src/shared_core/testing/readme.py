@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 
@@ -23,7 +24,7 @@ def python_blocks(markdown_path: str | Path) -> list[str]:
         if block is None and fence == "```python":
             block = [""] * (number + 1)
         elif block is not None and fence == "```":
-            blocks.append("\n".join(block) + "\n")
+            blocks.append(textwrap.dedent("\n".join(block)) + "\n")
             block = None
         elif block is not None:
             block.append(line)
