@@ -301,8 +301,9 @@ class Unstorable(Sound):
 
 
 def test_hub_round_trip(tmp_path: Path) -> None:
-    assert_hub_round_trip(Sound, {"dim": 3, "name": "y"}, inputs(), tmp_path)
-    assert (tmp_path / "config.json").is_file()
+    assert_hub_round_trip(Sound, {"dim": 3, "name": "y"}, inputs(), tmp_path / "a")
+    assert_hub_round_trip(Sound, {"dim": 3}, inputs(), tmp_path / "b")
+    assert (tmp_path / "b" / "config.json").is_file()
 
 
 def test_hub_round_trip_fails(tmp_path: Path) -> None:

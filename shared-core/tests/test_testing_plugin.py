@@ -88,6 +88,12 @@ def test_each_test_starts_alike(pytester: pytest.Pytester) -> None:
 
         drawn = []
 
+        @pytest.fixture(scope="module", autouse=True)
+        def wide():
+            torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))
+            assert torch.empty(2).isnan().all()
+            return torch.rand(2), random.random()
+
         @pytest.mark.parametrize("i", range(3))
         def test_draw(i):
             assert torch.empty(2).isnan().all()
@@ -98,7 +104,7 @@ def test_each_test_starts_alike(pytester: pytest.Pytester) -> None:
             assert not torch.empty(10_000).isnan().all()
         """
     )
-    pytester.runpytest_inprocess(*PLUGIN).assert_outcomes(passed=3)
+    pytester.runpytest_inprocess(*PLUGIN, "-W", "error").assert_outcomes(passed=3)
 
 
 def test_the_device_option(pytester: pytest.Pytester) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from h_transformer_1d import ReversibleSequence
 
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_the_formula(
         gradients = torch.autograd.grad(out.pow(3).sum(), leaves)
         results.append([out.detach(), *gradients])
     for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
 
 
 def test_backward_fills_grad(device: torch.device) -> None:
@@ -77,10 +78,10 @@ def test_backward_fills_grad(device: torch.device) -> None:
     actual = [x.grad, *(p.grad for p in blocks.parameters())]
     expected = torch.autograd.grad(formula(blocks, x).pow(3).sum(), [x, *blocks.parameters()])
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
     # A second backward adds.
     sequence(x).pow(3).sum().backward()
-    torch.testing.assert_close(x.grad, 2 * expected[0], atol=1e-10, rtol=0)
+    torch.testing.assert_close(x.grad, 2 * expected[0], atol=1e-10, rtol=1e-10)
 
 
 def test_frozen_parts(device: torch.device) -> None:
@@ -94,7 +95,7 @@ def test_frozen_parts(device: torch.device) -> None:
     actual = torch.autograd.grad(sequence(x).pow(3).sum(), trained)
     expected = torch.autograd.grad(formula(blocks, x).pow(3).sum(), trained)
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
     sequence(x).pow(3).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in blocks.parameters())
     # Only the input learns.
@@ -102,7 +103,7 @@ def test_frozen_parts(device: torch.device) -> None:
     leaf = x.clone().requires_grad_()
     (actual,) = torch.autograd.grad(sequence(leaf).pow(3).sum(), leaf)
     (expected,) = torch.autograd.grad(formula(blocks, leaf).pow(3).sum(), leaf)
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
     assert not sequence(x).requires_grad
 
 
@@ -117,7 +118,7 @@ def test_two_forwards_before_one_backward(device: torch.device) -> None:
         loss = run(first).pow(3).sum() + run(second).pow(2).sum()
         results.append(torch.autograd.grad(loss, list(blocks.parameters())))
     for a, e in zip(*results, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-10, rtol=0)
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
 
 
 def test_backward_leaves_the_random_state_alone(device: torch.device) -> None:
@@ -132,13 +133,206 @@ def test_backward_leaves_the_random_state_alone(device: torch.device) -> None:
     assert torch.equal(*drawn)
 
 
-def test_retained_graph_and_some_leaves(device: torch.device) -> None:
+def test_retained_graph(device: torch.device) -> None:
+    blocks = make_blocks(device, dropout=0.3)
+    x = make_input(device).requires_grad_()
+    leaves = [x, *blocks.parameters()]
+    results = []
+    for run in (lambda x: formula(blocks, x), ReversibleSequence(blocks)):
+        torch.manual_seed(3)
+        loss = run(x).pow(3).sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(loss, leaves, retain_graph=True)
+        third = torch.autograd.grad(loss, leaves)
+        results.append([*first, *second, *third])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("order", [range(4), range(3, -1, -1)], ids=["rising", "falling"])
+def test_gradients_of_one_layer_at_a_time(device: torch.device, order: range) -> None:
+    """Whatever part of the graph is asked for first, from the top, the bottom or the input."""
+    blocks = make_blocks(device, dropout=0.3)
+    x = make_input(device).requires_grad_()
+    results = []
+    for run in (lambda x: formula(blocks, x), ReversibleSequence(blocks)):
+        torch.manual_seed(3)
+        loss = run(x).pow(3).sum()
+        gradients = []
+        for layer in order:
+            gradients += torch.autograd.grad(
+                loss, list(blocks[layer].parameters()), retain_graph=True
+            )
+        results.append([*gradients, *torch.autograd.grad(loss, x)])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_two_losses_of_one_output(device: torch.device) -> None:
+    blocks = make_blocks(device, dropout=0.3)
+    x = make_input(device).requires_grad_()
+    results = []
+    for run in (lambda x: formula(blocks, x), ReversibleSequence(blocks)):
+        torch.manual_seed(3)
+        out = run(x)
+        first = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        second = torch.autograd.grad(out.square().sum(), list(blocks.parameters()))
+        results.append([out.detach(), *first, *second])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_second_derivatives_are_right_or_refused(device: torch.device) -> None:
+    """A gradient penalty through recomputed activations must not be silently wrong."""
     blocks = make_blocks(device)
     x = make_input(device).requires_grad_()
-    loss = ReversibleSequence(blocks)(x).pow(3).sum()
-    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
-    second = torch.autograd.grad(loss, x)[0]
-    assert torch.equal(first, second)
+
+    def penalty(run: Any) -> tuple[Tensor, ...]:
+        (gradient,) = torch.autograd.grad(run(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), list(blocks.parameters()))
+
+    expected = penalty(lambda x: formula(blocks, x))
+    try:
+        actual = penalty(ReversibleSequence(blocks))
+    except RuntimeError:
+        return
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_the_input_and_output_stay_usable(device: torch.device) -> None:
+    """What is freed inside is nobody else's: input, output and what they were made from."""
+    blocks = make_blocks(device)
+    leaf = make_input(device).requires_grad_()
+    base = leaf * 1.0
+    x = base[:, :]
+    copies = base.detach().clone(), x.detach().clone()
+    out = ReversibleSequence(blocks)(x)
+    kept = out.detach().clone()
+    (out.pow(3).sum() + base.sum() + x.sum()).backward()
+    assert torch.equal(base, copies[0])
+    assert torch.equal(x, copies[1])
+    assert torch.equal(out, kept)
+    expected = torch.autograd.grad(formula(blocks, leaf).pow(3).sum() + 2 * leaf.sum(), leaf)
+    torch.testing.assert_close(leaf.grad, expected[0], atol=1e-10, rtol=1e-10)
+
+
+class Sub(nn.Module):
+    """Functions that hand on their input, keep no input, or nothing at all."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        del mask
+        if self.kind == "identity":
+            return x
+        if self.kind == "constant":
+            return self.weight.expand_as(x)
+        if self.kind == "nothing":
+            return torch.zeros_like(x)
+        return x * self.weight + x.detach()
+
+
+@pytest.mark.parametrize(
+    "kinds", [("identity", "scaled"), ("constant", "nothing"), ("scaled",) * 2]
+)
+def test_unusual_functions(device: torch.device, kinds: tuple[str, str]) -> None:
+    blocks = nn.ModuleList([nn.ModuleList([Sub(kind) for kind in kinds]) for _ in range(3)])
+    blocks = blocks.to(device, torch.float64)
+    x = make_input(device).requires_grad_()
+    leaves = [x, *blocks.parameters()]
+    results = []
+    for run in (lambda x: formula(blocks, x), ReversibleSequence(blocks)):
+        out = run(x)
+        gradients = torch.autograd.grad(out.pow(3).sum(), leaves, allow_unused=True)
+        zeros = [torch.zeros_like(x) for x in leaves]
+        results.append(
+            [out.detach()] + [z if g is None else g for g, z in zip(gradients, zeros, strict=True)]
+        )
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_a_stack_inside_a_checkpoint(device: torch.device) -> None:
+    blocks = make_blocks(device, dropout=0.3)
+    sequence = ReversibleSequence(blocks)
+    x = make_input(device).requires_grad_()
+    leaves = [x, *blocks.parameters()]
+    results = []
+    for reentrant in (None, False, True):
+        torch.manual_seed(3)
+        if reentrant is None:
+            out = formula(blocks, x)
+        else:
+            out = checkpoint(sequence, x, use_reentrant=reentrant)
+        for leaf in leaves:
+            leaf.grad = None
+        out.pow(3).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for other in results[1:]:
+        for a, e in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_inner_stacks(device: torch.device) -> None:
+    """A reversible stack as a function of a reversible stack."""
+
+    class Inner(nn.Module):
+        def __init__(self, stack: nn.Module) -> None:
+            super().__init__()
+            self.stack = stack
+
+        def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+            del mask
+            return self.stack(x)
+
+    inner = make_blocks(device, depth=2, dropout=0.3)
+    plain, reversible = make_blocks(device, depth=2), make_blocks(device, depth=2)
+    reversible[1][0] = Inner(ReversibleSequence(inner))
+    plain[1][0] = Inner(_Formula(inner))
+    x = make_input(device).requires_grad_()
+    results = []
+    for run in (lambda x: formula(plain, x), ReversibleSequence(reversible)):
+        torch.manual_seed(3)
+        out = run(x)
+        results.append(
+            [out.detach(), *torch.autograd.grad(out.pow(3).sum(), [x, *inner.parameters()])]
+        )
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+class _Formula(nn.Module):
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return formula(self.blocks, x)
+
+
+@pytest.mark.parametrize("interrupted", [0, 3, 7])
+def test_an_exception_in_backward_does_no_harm(device: torch.device, interrupted: int) -> None:
+    """A graph that was left half way through does not disturb the next one."""
+    blocks = make_blocks(device)
+    sequence = ReversibleSequence(blocks)
+    x = make_input(device).requires_grad_()
+    expected = torch.autograd.grad(formula(blocks, x).pow(3).sum(), x)[0]
+    functions = [f for pair in blocks for f in pair]
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("planted")
+
+    loss = sequence(x).pow(3).sum()
+    hook = functions[interrupted].register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        torch.autograd.grad(loss, x)
+    hook.remove()
+    (actual,) = torch.autograd.grad(sequence(x).pow(3).sum(), x)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_autocast_is_replayed(device: torch.device) -> None:
@@ -163,32 +357,31 @@ def test_no_gradient_wanted(device: torch.device) -> None:
     torch.testing.assert_close(out, formula(blocks, make_input(device)))
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of distinct memory that the graph of a forward pass keeps alive."""
-    saved: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        saved.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+def held_bytes(model: nn.Module, x: Tensor) -> int:
+    """Memory that a forward pass leaves allocated, its graph included."""
+    model(x)
+    if x.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
         out = model(x)
-    assert out.requires_grad
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in saved)}
-    return sum(size for pointer, size in storages.items() if pointer not in own)
+        return torch.cuda.memory_allocated() - before - out.nbytes
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        out = model(x)
+    return sum(event.self_cpu_memory_usage for event in profile.events()) - out.nbytes
 
 
 def test_memory_does_not_grow_with_depth(make_model: Any, tokens: Any) -> None:
-    x = tokens(2, 64)
+    x = tokens(16, 64)
+    activation = 16 * 64 * 16 * 4
     sizes = {
-        (reversible, depth): saved_bytes(make_model(reversible=reversible, depth=depth), x)
+        (reversible, depth): held_bytes(make_model(reversible=reversible, depth=depth), x)
         for reversible in (True, False)
         for depth in (2, 8)
     }
-    assert sizes[True, 8] == sizes[True, 2]
-    assert sizes[False, 8] > 3 * sizes[False, 2]
-    assert sizes[True, 2] < sizes[False, 2]
+    # A state of the random generator for each function, and no activation.
+    assert sizes[True, 8] - sizes[True, 2] < 6 * activation / 4
+    assert sizes[False, 8] - sizes[False, 2] > 6 * 5 * activation
 
 
 CHANGES = [

@@ -117,7 +117,7 @@ def _slots(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
 @lru_cache(maxsize=4)
 def _flex(device_type: str) -> Callable[..., Tensor]:
     if device_type == "cuda":
-        return torch.compile(_attend, dynamic=False)
+        return torch.compile(_attend)
     return _attend_unfused
 
 

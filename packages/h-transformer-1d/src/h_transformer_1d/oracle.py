@@ -109,7 +109,7 @@ def h_attention_oracle(
     queries of the level-l slot that holds the token, 0 if there is none. "fine" asks with the
     token's own query at every level.
 
-    Source: arXiv 2107.11906, sections 5 and 6. There a coarse key stands for its tokens by the sum
+    Source: arXiv 2107.11906. There a coarse key stands for its tokens by the sum
     of their values in the numerator and by their number in the denominator, which is V_l and
     log n_l here. The paper's queries are coarse and its partition is "neighbor".
     """

@@ -68,14 +68,25 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture(autouse=True)
-def _repeatable() -> None:
-    torch.manual_seed(0)
-    random.seed(0)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Poisons memory and seeds, before the fixtures of every scope."""
+    _seed()
     poison_uninitialised_memory()
     # In front of every other filter, a plain `-W error` included. Pytest undoes it after the test.
     for message in (*NONDETERMINISTIC, TORCH_ON_ITSELF):
         warnings.filterwarnings("ignore", message=message)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    # Once more: fixtures of a wider scope draw only before the first test that uses them.
+    _seed()
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 class _TorchRandom:
