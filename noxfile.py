@@ -1,0 +1,238 @@
+"""Every check that a person or a runner executes. `nox --list` shows the sessions.
+
+Environments are made by uv from what the wheels declare and tools/constraints.txt pins. On a
+machine that is prepared already, `nox --no-venv --no-install` uses what is installed there.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import distributions  # noqa: E402
+import pip_settings  # noqa: E402
+
+CONSTRAINTS = TOOLS / "constraints.txt"
+DISTRIBUTIONS = {found.name: found for found in distributions.discover(ROOT)}
+PACKAGES = [name for name in DISTRIBUTIONS if name != distributions.CORE]
+DEMO_REQUIREMENTS = "packages/*/examples/requirements.txt"
+SUITES = [(name, device) for name in DISTRIBUTIONS for device in ("cpu", "gpu")]
+SUITES.append(("tools", "cpu"))
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = [
+    "lint",
+    *(f"tests(package='{name}', device='cpu')" for name, device in SUITES if device == "cpu"),
+    "typing",
+    "dist",
+]
+
+
+@nox.session(tags=["static"])
+def lint(session: nox.Session) -> None:
+    """Check style and format; `nox -s lint -- --fix` mends what can be mended."""
+    install(session, *group("lint"))
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), ".", log=False)
+    session.run("ruff", "format", *([] if fix else ["--check"]), ".", log=False)
+
+
+@nox.session
+@nox.parametrize(
+    "package, device", [nox.param(name, device, tags=[device]) for name, device in SUITES]
+)
+def tests(session: nox.Session, package: str, device: str) -> None:
+    """Test an installed wheel, away from its source (options after -- go to pytest)."""
+    options = []
+    if package == "tools":
+        suite = TOOLS / "tests"
+        install(session, *everything(session), *group("tools"))
+    else:
+        suite = DISTRIBUTIONS[package].folder / "tests"
+        options = ["-p", "shared_core.testing.plugin"]
+        options += ["--device", "cuda" if device == "gpu" else "cpu"]
+        install(session, *wheels(session, package, testing=True), own_torch=device == "cpu")
+    with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):
+        session.run(
+            *(python(session), *safe_path(session), "-m", "pytest"),
+            *("-c", str(ROOT / ".pytest.ini"), *options, str(suite), *session.posargs),
+            log=False,
+        )
+
+
+@nox.session(tags=["static"])
+def typing(session: nox.Session) -> None:
+    """Check types strictly, and that the public names of every wheel are typed."""
+    install(session, *everything(session), *group("typing"))
+    sources = [str(found.source) for found in DISTRIBUTIONS.values()]
+    session.run("mypy", *sources, "noxfile.py", "tools", log=False)
+    for examples in ROOT.glob("packages/*/examples"):
+        # Apart, since every package has a demo.py.
+        session.run("mypy", str(examples), log=False)
+    for found in DISTRIBUTIONS.values():
+        session.run("pyright", "--verifytypes", found.import_name, "--ignoreexternal", log=False)
+
+
+@nox.session(tags=["static"])
+def dist(session: nox.Session) -> None:
+    """Build every wheel and sdist twice, compare the bytes, and check metadata and contents."""
+    install(session, *group("dist"))
+    session.run(python(session), str(TOOLS / "check_dist.py"), log=False)
+    session.run(python(session), str(TOOLS / "check_core.py"), log=False)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run a package's demonstration: nox -s demo -- [package] [options]."""
+    package, options = "h-transformer-1d", list(session.posargs)
+    if options and not options[0].startswith("-"):
+        package = options.pop(0)
+    if package not in PACKAGES:
+        session.error(f"no package named {package}; there are {', '.join(PACKAGES)}")
+    examples = DISTRIBUTIONS[package].folder / "examples"
+    install(session, *wheels(session, package), "-r", str(examples / "requirements.txt"))
+    # A path among the options is meant from where the command was typed.
+    with session.chdir(session.invoked_from):
+        session.run(python(session), str(examples / "demo.py"), *options, log=False)
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES)
+def bench(session: nox.Session, package: str) -> None:
+    """Measure a package against its reference and write benchmarks/RESULTS.md."""
+    against_reference(session, package, "bench.py")
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES)
+def parity(session: nox.Session, package: str) -> None:
+    """Compare a package with its reference on the same weights and inputs."""
+    against_reference(session, package, "parity.py")
+
+
+@nox.session
+def pin(session: nox.Session) -> None:
+    """Resolve tools/constraints.txt anew; `-- --upgrade` takes the newest versions."""
+    core = wheel(session, DISTRIBUTIONS[distributions.CORE])
+    sources = [str(found.folder / "pyproject.toml") for found in DISTRIBUTIONS.values()]
+    sources += map(str, ROOT.glob(DEMO_REQUIREMENTS))
+    groups = ("lint", "typing", "dist", "tools", "compare", "torch")
+    options = ["--universal", "--python-version", "3.10", "--all-extras", "--no-annotate"]
+    # This find-links replaces the machine's, whose local versions would not exist elsewhere.
+    options += ["--find-links", str(core.parent), "--no-emit-package", distributions.CORE]
+    options += ["--custom-compile-command", "nox -s pin", "--output-file", str(CONSTRAINTS)]
+    groups_of_tools = [argument for name in groups for argument in group(name)]
+    uv(session, "pip", "compile", *options, *session.posargs, *sources, *groups_of_tools)
+
+
+def against_reference(session: nox.Session, package: str, script: str) -> None:
+    """Run tools/<script> with our wheel; it calls the reference, which has an environment too."""
+    folder = DISTRIBUTIONS[package].folder
+    install(session, *wheels(session, package), *group("compare"))
+    reference: list[str] = []
+    if session.virtualenv.is_sandboxed:
+        theirs = Path(session.virtualenv.location, "reference")
+        uv(session, "venv", "--allow-existing", str(theirs))
+        requirements = folder / "benchmarks" / "reference.txt"
+        install(session, "-r", str(requirements), *group("compare"), "--python", str(theirs))
+        reference = ["--reference-python", str(theirs / "bin" / "python")]
+    command = [str(TOOLS / script), package, *reference, *session.posargs]
+    session.run(python(session), *command, log=False)
+
+
+def install(session: nox.Session, *requirements: str, own_torch: bool = True) -> None:
+    """Make the environment hold exactly the requirements, in the versions of the constraints.
+
+    With `own_torch` false the environment sees the packages of the machine, torch among them.
+    """
+    options = ["--exact", "--constraints", str(CONSTRAINTS)]
+    with tempfile.TemporaryDirectory() as folder:
+        if not own_torch:
+            excluded = Path(folder, "excluded.txt")
+            excluded.write_text("torch\n", encoding="utf-8")
+            options += ["--excludes", str(excluded)]
+        session.install(*options, *requirements, env=package_sources(), log=False)
+    if not own_torch and session.virtualenv.is_sandboxed:
+        show_machine(session)
+
+
+def show_machine(session: nox.Session) -> None:
+    """Let the session's environment import what the Python that runs nox can import."""
+    folders = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+    lines = [f"import site; site.addsitedir({folder!r})" for folder in folders]
+    find = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
+    own = session.run("python", "-c", find, silent=True, log=False)
+    Path(str(own), "machine.pth").write_text("\n".join(lines), encoding="utf-8")
+
+
+def wheels(session: nox.Session, *packages: str, testing: bool = False) -> list[str]:
+    """Requirements for the wheels of the packages and of shared-core, built where they changed."""
+    if not session.virtualenv.is_sandboxed:
+        return []
+    names = dict.fromkeys([distributions.CORE, *packages])
+    found = {name: wheel(session, DISTRIBUTIONS[name]) for name in names}
+    return [
+        f"{name}[testing] @ {path.as_uri()}"
+        if testing and name == distributions.CORE
+        else f"{name} @ {path.as_uri()}"
+        for name, path in found.items()
+    ]
+
+
+def everything(session: nox.Session) -> list[str]:
+    """Requirements for every wheel, and for every package's demonstration."""
+    needed = wheels(session, *DISTRIBUTIONS, testing=True)
+    for requirements in ROOT.glob(DEMO_REQUIREMENTS):
+        needed += ["-r", str(requirements)]
+    return needed
+
+
+def wheel(session: nox.Session, distribution: distributions.Distribution) -> Path:
+    """The wheel of a distribution, from the cache unless a file of it changed."""
+    key = distributions.content_key(distribution, CONSTRAINTS)
+    folder = ROOT / ".nox" / "wheels" / f"{distribution.name}-{key}"
+    if not folder.is_dir():
+        # Built beside its place and moved there whole.
+        with tempfile.TemporaryDirectory(dir=ROOT / ".nox") as beside:
+            out = Path(beside, "out")
+            source = str(distribution.folder)
+            uv(session, "build", "--wheel", "-b", str(CONSTRAINTS), "-o", str(out), source)
+            folder.parent.mkdir(exist_ok=True)
+            out.rename(folder)
+    return next(folder.glob("*.whl"))
+
+
+def group(name: str) -> list[str]:
+    """A group of tools/pyproject.toml, as arguments of an install."""
+    return ["--group", f"{TOOLS / 'pyproject.toml'}:{name}"]
+
+
+def uv(session: nox.Session, *arguments: str) -> None:
+    session.run_install("uv", *arguments, env=package_sources(), silent=True, log=False)
+
+
+def python(session: nox.Session) -> str:
+    """The session's Python, or the one that runs nox where there is no environment."""
+    return "python" if session.virtualenv.is_sandboxed else sys.executable
+
+
+def safe_path(session: nox.Session) -> list[str]:
+    """The option that keeps the working folder off Python's path, which 3.10 does not have."""
+    version = session.python or f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return [] if version == "3.10" else ["-P"]
+
+
+@functools.cache
+def package_sources() -> dict[str, str]:
+    """What uv has to be told of pip's settings."""
+    return pip_settings.uv_variables(pip_settings.read(), os.environ)

@@ -1,0 +1,68 @@
+"""Keep shared-core small: few names, few lines, no dependency but torch and einops.
+
+    python tools/check_core.py [--root FOLDER]
+
+Exits with 1 and one line a bound that is passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from distributions import CORE, ROOT, Distribution, discover
+
+MOST_NAMES = 14
+MOST_LINES = 500
+DEPENDENCIES = frozenset({"torch", "einops"})
+
+
+def public_names(source: Path) -> list[str]:
+    """The names in __all__ of a package's __init__.py."""
+    tree = ast.parse((source / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    raise ValueError(f"{source / '__init__.py'} has no __all__")
+
+
+def line_count(source: Path) -> int:
+    """Lines of a package's modules, without its subpackage `testing`."""
+    return sum(
+        len(path.read_text(encoding="utf-8").splitlines())
+        for path in source.rglob("*.py")
+        if path.relative_to(source).parts[0] != "testing"
+    )
+
+
+def check(core: Distribution) -> tuple[str, list[str]]:
+    """Returns one line on the size, and a line for every bound that is passed."""
+    names, lines = len(public_names(core.source)), line_count(core.source)
+    faults = []
+    if names > MOST_NAMES:
+        faults.append(f"{core.name} has {names} public names, more than {MOST_NAMES}")
+    if lines > MOST_LINES:
+        faults.append(f"{core.name} has {lines} lines, more than {MOST_LINES}")
+    if more := {Requirement(text).name for text in core.dependencies} - DEPENDENCIES:
+        faults.append(f"{core.name} depends on {', '.join(sorted(more))}")
+    return f"{core.name}: {names} public names, {lines} lines", faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository to check")
+    core = next(item for item in discover(parser.parse_args().root) if item.name == CORE)
+    line, faults = check(core)
+    print(line)
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

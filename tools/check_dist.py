@@ -1,0 +1,193 @@
+"""Build every distribution twice and check what comes out.
+
+    python tools/check_dist.py [--root FOLDER]
+
+The two builds start from copies at other paths, with other times and modes, and the second wheel
+is built from the second sdist; the bytes must be the same. Exits with 1 and one line a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from email import message_from_bytes
+from pathlib import Path
+
+from distributions import ROOT, Distribution, discover
+from sbom import FILE_NAME, bill_of_materials
+
+LARGEST = 100_000
+METADATA_VERSION = "2.4"
+# What a clone does not have.
+UNTRACKED = shutil.ignore_patterns(".git", ".nox", ".*_cache", ".hypothesis", "__pycache__", "dist")
+
+
+def check(root: Path) -> tuple[list[str], list[str]]:
+    """Returns a line for every distribution, and a line for every fault."""
+    lines: list[str] = []
+    faults: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        first_copy = copy_tree(root, Path(name, "first"), modified=1_000_000_000, mode=0o600)
+        second_copy = copy_tree(root, Path(name, "second", "deeper"), modified=1.7e9, mode=0o644)
+        for first, second in zip(discover(first_copy), discover(second_copy), strict=True):
+            sdist, wheel = build_both(first.folder, Path(name, "one"), hash_seed="1")
+            faults += archive_faults(first, sdist, wheel)
+            faults += source_faults(first, first_copy / "LICENSE")
+            try:
+                again = build_through_sdist(second.folder, Path(name, "two"), hash_seed="2")
+            except subprocess.CalledProcessError as error:
+                faults.append(f"{sdist.name} does not build: {_last_line(error.stdout)}")
+                continue
+            different = [*differences(sdist, again[0]), *differences(wheel, again[1])]
+            faults += [f"built twice, {member} differs" for member in different]
+            sizes = ", ".join(f"{path.stat().st_size / 1000:.1f} kB" for path in (wheel, sdist))
+            lines.append(f"{wheel.name}: wheel and sdist {sizes}")
+    return lines, faults
+
+
+def copy_tree(root: Path, target: Path, *, modified: float, mode: int) -> Path:
+    """Copy the distributions in `root` as a clone would hold them, with these times and modes."""
+    target.mkdir(parents=True)
+    # Hatchling looks for .gitignore up to the folder that has .git.
+    (target / ".git").mkdir()
+    for name in (".gitignore", "LICENSE"):
+        shutil.copy(root / name, target)
+    for name in ("shared-core", "packages"):
+        if (root / name).is_dir():
+            shutil.copytree(root / name, target / name, ignore=UNTRACKED)
+    for path in target.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+        os.utime(path, (modified, modified))
+    return target
+
+
+def build_both(folder: Path, out: Path, *, hash_seed: str) -> tuple[Path, Path]:
+    """Build the sdist and the wheel, both from `folder`."""
+    return _hatchling(folder, out, "sdist", hash_seed), _hatchling(folder, out, "wheel", hash_seed)
+
+
+def build_through_sdist(folder: Path, out: Path, *, hash_seed: str) -> tuple[Path, Path]:
+    """Build the sdist from `folder`, and the wheel from that sdist alone."""
+    sdist = _hatchling(folder, out, "sdist", hash_seed)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    unpacked = out / sdist.name.removesuffix(".tar.gz")
+    return sdist, _hatchling(unpacked, out, "wheel", hash_seed)
+
+
+def _hatchling(folder: Path, out: Path, target: str, hash_seed: str) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    # Hatchling names what it built from the folder it ran in.
+    return (folder / _last_line(result.stdout)).resolve()
+
+
+def _last_line(output: str) -> str:
+    return output.rstrip().rpartition("\n")[2]
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """What differs between two archives: names of members, or the archive's own name."""
+    if filecmp.cmp(first, second, shallow=False):
+        return []
+    ours, theirs = _members(first), _members(second)
+    names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+    return [f"{name} in {first.name}" for name in names] or [first.name]
+
+
+def _members(archive: Path) -> dict[str, bytes]:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return {name: wheel.read(name) for name in wheel.namelist()}
+    with tarfile.open(archive) as sdist:
+        files = ((member.name, sdist.extractfile(member)) for member in sdist.getmembers())
+        return {name: file.read() for name, file in files if file is not None}
+
+
+def archive_faults(distribution: Distribution, sdist: Path, wheel: Path) -> Iterator[str]:
+    """Faults of what was built."""
+    members = _members(wheel)
+    information = f"{distribution.import_name}-{distribution.version}.dist-info"
+    tops = {name.partition("/")[0] for name in members} - {information}
+    if tops != {distribution.import_name}:
+        yield f"{wheel.name} holds {sorted(tops)}, not {distribution.import_name} alone"
+    for name in (
+        f"{distribution.import_name}/py.typed",
+        f"{information}/licenses/LICENSE",
+        f"{information}/sboms/{FILE_NAME}",
+    ):
+        if name not in members:
+            yield f"{wheel.name} has no {name}"
+    metadata = message_from_bytes(members.get(f"{information}/METADATA", b""))
+    if metadata["Metadata-Version"] != METADATA_VERSION:
+        yield f"{wheel.name} has metadata {metadata['Metadata-Version']}, not {METADATA_VERSION}"
+    for path in (sdist, wheel):
+        if (size := path.stat().st_size) > LARGEST:
+            yield f"{path.name} has {size:,} bytes, more than {LARGEST:,}"
+    yield from _tool_faults("twine", "check", "--strict", str(sdist), str(wheel))
+    yield from _tool_faults(
+        "check_wheel_contents", "--toplevel", distribution.import_name, str(wheel)
+    )
+
+
+def source_faults(distribution: Distribution, licence: Path) -> Iterator[str]:
+    """Faults of what was built from."""
+    if (distribution.folder / "LICENSE").read_bytes() != licence.read_bytes():
+        yield f"LICENSE of {distribution.name} is not a copy of the one at the top"
+    bill = distribution.folder / FILE_NAME
+    if bill.read_text(encoding="utf-8") != bill_of_materials(distribution):
+        yield f"{FILE_NAME} of {distribution.name} is out of date: run python tools/sbom.py"
+    yield from _tool_faults("validate_pyproject", str(distribution.folder / "pyproject.toml"))
+    # Every import belongs to a declared dependency, and every dependency is imported.
+    yield from _tool_faults(
+        "deptry",
+        str(distribution.folder / "src"),
+        "--config",
+        str(distribution.folder / "pyproject.toml"),
+        "--known-first-party",
+        distribution.import_name,
+        "--no-ansi",
+    )
+
+
+def _tool_faults(module: str, *arguments: str) -> Iterator[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if result.returncode:
+        lines = (result.stdout + result.stderr).splitlines()
+        # Deptry tells which module names it guesses, and guesses ours right.
+        told = [line for line in lines if line and not line.startswith("Assuming the")]
+        yield f"{module}: " + "\n  ".join(told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository to check")
+    lines, faults = check(parser.parse_args().root)
+    print("\n".join(lines))
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The distributions of this repository, found by their folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = "shared-core"
+VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One folder with a pyproject.toml: shared-core, or a package under packages/."""
+
+    name: str
+    folder: Path
+    dependencies: tuple[str, ...]
+
+    @property
+    def import_name(self) -> str:
+        """The one package that the wheel holds."""
+        return self.name.replace("-", "_")
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "src" / self.import_name
+
+    @property
+    def version(self) -> str:
+        """The version, which is written once, in the package's __init__.py."""
+        text = (self.source / "__init__.py").read_text(encoding="utf-8")
+        if found := VERSION.search(text):
+            return found[1]
+        raise ValueError(f'{self.source / "__init__.py"} has no line __version__ = "..."')
+
+
+def discover(root: Path = ROOT) -> list[Distribution]:
+    """shared-core and everything under packages/ that has a pyproject.toml, by name.
+
+    Raises ValueError where a folder and the distribution in it bear different names.
+    """
+    folders = [root / CORE, *sorted((root / "packages").glob("*"))]
+    return [_read(folder) for folder in folders if (folder / "pyproject.toml").is_file()]
+
+
+def _read(folder: Path) -> Distribution:
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    if project["name"] != folder.name:
+        raise ValueError(f"the folder {folder.name} holds a distribution named {project['name']}")
+    return Distribution(folder.name, folder, tuple(project.get("dependencies", ())))
+
+
+def content_key(distribution: Distribution, *also: Path) -> str:
+    """A hash over every file that goes into the wheel, and over the files in `also`."""
+    digest = hashlib.sha256()
+    for path in (*_wheel_inputs(distribution), *also):
+        content = path.read_bytes()
+        digest.update(f"{os.path.relpath(path, distribution.folder)} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def _wheel_inputs(distribution: Distribution) -> Iterator[Path]:
+    yield from sorted(path for path in distribution.folder.iterdir() if path.is_file())
+    for path in sorted((distribution.folder / "src").rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path

@@ -1,0 +1,75 @@
+"""Write the software bill of materials (CycloneDX) of every distribution.
+
+    python tools/sbom.py
+
+The file depends on pyproject.toml and the version alone, so a build of it can be repeated. Run
+this after a change to either; the dist check says when it was forgotten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from packaging.requirements import Requirement
+
+from distributions import Distribution, discover
+
+FILE_NAME = "sbom.cdx.json"
+
+
+def bill_of_materials(distribution: Distribution) -> str:
+    """The bill as JSON text: the distribution and its direct dependencies.
+
+    A dependency has no version in it, because the wheel declares a range and bundles nothing.
+    """
+    purl = f"pkg:pypi/{distribution.name}@{distribution.version}"
+    requirements = [Requirement(text) for text in sorted(distribution.dependencies)]
+    document = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "component": {
+                "type": "library",
+                "bom-ref": purl,
+                "name": distribution.name,
+                "version": distribution.version,
+                "licenses": [{"license": {"id": "MIT"}}],
+                "purl": purl,
+            },
+        },
+        "components": [
+            {
+                "type": "library",
+                "bom-ref": f"pkg:pypi/{requirement.name}",
+                "name": requirement.name,
+                "scope": "required",
+                "purl": f"pkg:pypi/{requirement.name}",
+                "properties": [{"name": "python:range", "value": str(requirement.specifier)}],
+            }
+            for requirement in requirements
+        ],
+        "dependencies": [
+            {
+                "ref": purl,
+                "dependsOn": [f"pkg:pypi/{requirement.name}" for requirement in requirements],
+            }
+        ],
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    for distribution in discover():
+        path = distribution.folder / FILE_NAME
+        path.write_text(bill_of_materials(distribution), encoding="utf-8")
+        print(path.relative_to(distribution.folder.parent))
+
+
+if __name__ == "__main__":
+    main()

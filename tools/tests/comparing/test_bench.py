@@ -1,0 +1,277 @@
+"""bench.py measures both environments, keeps what it measured, and says what went wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import bench
+from bench_worker import Measurer
+
+if TYPE_CHECKING:
+    from conftest import Compared
+
+CASES = """
+    import importlib, time
+    from dataclasses import replace
+    from bench_case import Case, Subject, Target
+
+    def spin(*, device, package, size=1, seconds=0.004):
+        module = importlib.import_module(package)  # each is in its own environment only
+        def run():
+            end = time.process_time() + seconds * size
+            while time.process_time() < end:
+                pass
+        return run
+
+    def allocate(*, device, package, mib):
+        importlib.import_module(package)
+        return lambda: b"x" * (mib * 2**20)
+
+    def stamp(*, device, package):
+        importlib.import_module(package)
+        return lambda: time.time_ns() % 2**40
+
+    def ours(prepare, warm={}, **arguments):
+        return Subject("ours", prepare, {"package": "new_thing", **arguments}, warm)
+
+    def theirs(prepare, warm={}, **arguments):
+        arguments = {"package": "old_thing", **arguments}
+        return Subject("reference", prepare, arguments, warm, "reference")
+
+    def cases(device):
+        return [
+            Case(
+                "speed",
+                "time",
+                [replace(ours(spin), units=2), theirs(spin)],
+                [Target("reference", per="ours", at_least=1.5)],
+            ),
+            Case(
+                "from where on",
+                "crossover",
+                [ours(spin), theirs(spin)],
+                [Target("ours", at_most=2)],
+                sizes=(1, 2),
+            ),
+            Case(
+                "memory",
+                "memory",
+                [ours(allocate, {"mib": 1}, mib=32), theirs(allocate, {"mib": 1}, mib=96)],
+                [Target("reference", per="ours", at_least=2.9)],
+            ),
+            Case("stamp", "value", [ours(stamp), theirs(stamp)]),
+        ]
+"""
+ONE = """
+    from bench_case import Case, Subject
+
+    def value(*, device):
+        import new_thing
+        return new_thing.value
+
+    def cases(device):
+        return [
+            Case("first", "value", [Subject("ours", value)]),
+            Case("second", "value", [Subject("ours", value)]),
+        ]
+"""
+
+
+@pytest.fixture(autouse=True)
+def stand_in(compared: Compared) -> None:
+    compared.stand_in_for_torch()
+
+
+@pytest.fixture(autouse=True)
+def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    effort = bench.Effort(least=2, most=2, seconds=0, sample=0.001, processes=1, limit=60)
+    monkeypatch.setattr(bench, "FULL", effort)
+    monkeypatch.setattr(bench, "QUICK", effort)
+
+
+def run(compared: Compared, *more: str, reference: bool = True) -> int:
+    cache = ["--cache", str(compared.root / "cache")]
+    return bench.main(compared.arguments(*cache, *more, reference=reference))
+
+
+def cells(text: str, start: str) -> list[str]:
+    (line, *_) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_all_measures_in_both_environments(compared: Compared) -> None:
+    compared.write("bench_cases.py", CASES)
+    assert run(compared) == 0
+    text = (compared.benchmarks / "RESULTS.md").read_text()
+    assert "Ours: 1.0.0, torch 9.9, Python" in text
+    assert "Reference: old-thing 0.1, torch 9.9" in text
+    # A run is 4 ms of CPU time on both sides, and ours is worth two units.
+    reached = cells(text, "speed: reference / ours")
+    assert float(reached[1]) == pytest.approx(2, rel=0.2)
+    assert reached[3] == "yes"
+    assert "## Wall time, 4 threads" in text
+    assert cells(text, "from where on")[2] == "<= 2"
+    assert "## from where on: CPU time, 1 thread" in text
+    memory = cells(text, "memory: reference / ours")
+    assert float(memory[1]) == pytest.approx(3, rel=0.05)
+    assert float(memory[4].removesuffix(" MiB")) == pytest.approx(32, rel=0.05)
+
+
+def test_resuming_keeps_what_was_measured(
+    compared: Compared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared.write("bench_cases.py", CASES)
+
+    def stamps(*more: str) -> list[str]:
+        assert run(compared, "--only", "stamp", *more) == 0
+        return cells(capsys.readouterr().out, "stamp")[4:]
+
+    first = stamps()
+    assert stamps("--resume") == first
+    assert stamps() != first
+    second = stamps("--resume")
+    # Other code, other numbers.
+    compared.write_ours("changed = True\n")
+    assert stamps("--resume") != second
+    assert not (compared.benchmarks / "RESULTS.md").exists()
+
+
+def test_a_failing_case_does_not_stop_the_others(
+    compared: Compared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared.write("bench_cases.py", ONE)
+    compared.write_ours(
+        """
+        def value():
+            raise ArithmeticError("planted")
+        """
+    )
+    assert run(compared, reference=False) == 1
+    shown = capsys.readouterr().err
+    assert "first (" in shown
+    assert "FAILED: ours: ArithmeticError: planted" in shown
+    assert 'raise ArithmeticError("planted")' in shown
+    text = (compared.benchmarks / "RESULTS.md").read_text()
+    assert "- second: **not measured**: ours: ArithmeticError: planted" in text
+    assert "The reference was not measured." in text
+    # What failed is tried again, also when resuming. The cache belongs to code that is the same.
+    cache = next((compared.root / "cache").iterdir())
+    content = json.loads(cache.read_text())
+    content["records"]["first"] = {"samples": {"value": {"ours": [7.0]}}}
+    cache.write_text(json.dumps(content))
+    assert run(compared, "--resume", reference=False) == 1
+    text = (compared.benchmarks / "RESULTS.md").read_text()
+    assert cells(text, "first")[4] == "7"
+    assert "- second: **not measured**" in text
+
+
+def test_a_worker_that_dies_or_hangs(
+    compared: Compared, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effort = bench.Effort(least=1, most=1, seconds=0, sample=0, processes=1, limit=5)
+    monkeypatch.setattr(bench, "FULL", effort)
+    compared.write("bench_cases.py", ONE)
+    compared.write_ours(
+        "import os, sys\ndef value():\n    sys.stderr.write('my end'); os._exit(5)\n"
+    )
+    assert run(compared, "--only", "first", reference=False) == 1
+    shown = capsys.readouterr().err
+    assert "FAILED: ours: ended with code 5 during value" in shown
+    assert "my end" in shown
+    compared.write_ours("import time\ndef value():\n    time.sleep(1000)\n")
+    assert run(compared, "--only", "first", reference=False) == 1
+    assert "FAILED: ours: value took longer than 5 s" in capsys.readouterr().err
+
+
+def test_another_reference_than_the_pinned_one(
+    compared: Compared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared.write("bench_cases.py", CASES)
+    compared.install_reference("0.2", "")
+    assert run(compared) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "the reference must be old-thing 0.1, its environment has 0.2" in shown
+    assert not (compared.benchmarks / "RESULTS.md").exists()
+
+
+def test_what_cannot_be_measured_ends_with_one_line(
+    compared: Compared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(*arguments: str) -> str:
+        assert bench.main([*arguments, "--cache", str(compared.root / "cache")]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    root = ("--root", str(compared.root))
+    assert "there is no package no-thing" in error("no-thing", *root)
+    assert "new-thing has no" in error("new-thing", *root)
+    compared.write("bench_cases.py", CASES)
+    assert "no case of new-thing has 'nosuch' in its title" in error(
+        "new-thing", "--only", "nosuch", *root
+    )
+    missing = ("--reference-python", "/no/such/python")
+    assert "/no/such/python does not start" in error("new-thing", *missing, *root)
+    (compared.benchmarks / "reference.txt").write_text("old-thing>=0.1\n")
+    assert "a line name==version is needed" in error("new-thing", *root)
+
+
+def test_a_damaged_cache_is_named(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+    compared.write("bench_cases.py", ONE)
+    path = compared.root / "cache" / "new-thing-cpu.json"
+    path.parent.mkdir()
+    path.write_text('{"fingerprint": ')
+    assert run(compared, "--resume", reference=False) == 2
+    assert "is damaged" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deeper" / "file.json"
+    bench.write_whole(path, "first")
+
+    def fail(*_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        bench.write_whole(path, "second, cut off")
+    assert path.read_text() == "first"
+    assert [found.name for found in path.parent.iterdir()] == ["file.json"]
+
+
+def test_two_cases_of_one_title(tmp_path: Path) -> None:
+    path = tmp_path / "bench_cases.py"
+    path.write_text(
+        "from bench_case import Case, Subject\n"
+        "def cases(device):\n"
+        "    return [Case('a', 'value', [Subject('ours', None)])] * 2\n"
+    )
+    with pytest.raises(ValueError, match="two cases of the same title"):
+        bench.load_cases(path, "cpu")
+
+
+def test_cpu_time_is_not_wall_time(tmp_path: Path) -> None:
+    path = tmp_path / "bench_cases.py"
+    path.write_text(
+        "import time\n"
+        "from bench_case import Case, Subject\n"
+        "def sleep(*, device, size):\n"
+        "    return lambda: time.sleep(size / 100)\n"
+        "def cases(device):\n"
+        "    return [Case('a', 'value', [Subject('ours', sleep)])]\n"
+    )
+    threads = torch.get_num_threads()
+    try:
+        measurer = Measurer(path, "cpu")
+        measurer.prepare("a", "ours", 5, 1)
+        found = measurer.sample("ours", 2, 1)
+        assert torch.get_num_threads() == 1
+        measurer.sample("ours", 1, 0)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+    assert found["wall"] >= 0.05
+    assert found["cpu"] < found["wall"] / 2

@@ -1,0 +1,81 @@
+"""What holds for the repository as a whole."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distributions import ROOT, discover
+
+COMMAND = 'pip install "nox[uv]" && nox'
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+# Folders that exist on one machine only.
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|root|opt|home)/\w")
+
+
+def tracked_files() -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    paths = (ROOT / name for name in listing.split("\0") if name)
+    return [path for path in paths if path.is_file()]
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in MACHINE_PATH.finditer(text)]
+    assert found == []
+
+
+def test_the_pattern_of_machine_paths() -> None:
+    for folder in ("work", "root", "opt", "home"):
+        assert MACHINE_PATH.search(f"see /{folder}/x")
+    assert not MACHINE_PATH.search("https://example.org/work/x and ~/work/x and src/root/x")
+
+
+def test_the_test_command_is_the_readmes() -> None:
+    assert f"\n{COMMAND}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith(f"\n{COMMAND}\n")
+
+
+@pytest.fixture(scope="module")
+def jobs() -> dict[str, Any]:
+    workflow: dict[str, Any] = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {}
+    found: dict[str, Any] = workflow["jobs"]
+    return found
+
+
+def test_the_workflow_reads_its_matrix_from_nox(jobs: dict[str, Any]) -> None:
+    script = "\n".join(step.get("run", "") for step in jobs["plan"]["steps"])
+    for name, job in (("cpu", "tests"), ("static", "static")):
+        assert f"{name}=$(nox --list --json -t {name})" in script
+        assert jobs["plan"]["outputs"][name] == f"${{{{ steps.nox.outputs.{name} }}}}"
+        matrix = jobs[job]["strategy"]["matrix"]
+        assert matrix["session"] == f"${{{{ fromJSON(needs.plan.outputs.{name}) }}}}"
+    assert set(jobs["all-green"]["needs"]) == set(jobs) - {"all-green"}
+
+
+def test_the_workflow_runs_the_pythons_that_we_name(jobs: dict[str, Any]) -> None:
+    pythons = jobs["tests"]["strategy"]["matrix"]["python"]
+    for found in discover():
+        text = (found.folder / "pyproject.toml").read_text(encoding="utf-8")
+        assert re.findall(r":: (3\.\d+)\"", text) == pythons
+
+
+def test_actions_are_pinned_by_commit() -> None:
+    text = WORKFLOW.read_text(encoding="utf-8")
+    uses = re.findall(r"uses: (\S+)", text)
+    assert uses
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in uses)
