@@ -1,0 +1,214 @@
+"""The text of the demonstration: found on this machine, split by file, cut into windows.
+
+A text is the bytes of its files, each after one zero byte, which marks where a file begins.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import sysconfig
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FILE_START = b"\0"
+HELD_OUT_PERCENT = 5
+# Of a huge corpus no more than this is held out, so that measuring it takes seconds.
+HELD_OUT_LIMIT = 2**20
+# xz reads the training text as well only where that takes seconds.
+PRIMER_LIMIT = 2**25
+# A standard library with less source than this was stripped of it.
+STDLIB_LEAST = 2**20
+NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class DemoError(Exception):
+    """What the user can mend; shown as one line."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two texts that share no file.
+
+    Attributes:
+        name: what it is, for the report.
+        training, held_out: the texts.
+        files, held_out_files: how many files they hold together, and how many are held out.
+    """
+
+    name: str
+    training: bytes
+    held_out: bytes
+    files: int
+    held_out_files: int
+
+
+def load(path: Path | None) -> Corpus:
+    """The corpus at `path`, a folder or a file, or the standard library's source.
+
+    A file is held out if the hash of its path in the folder falls into the held-out share; of a
+    single file the last part is held out.
+
+    Raises:
+        DemoError: there is nothing to read.
+    """
+    if path is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        name = f"source of Python {sysconfig.get_python_version()}'s standard library"
+        files = sorted(file for file in root.rglob("*.py") if _is_library(file.relative_to(root)))
+        texts = _read(root, files)
+        if sum(map(len, texts.values())) < STDLIB_LEAST:
+            raise DemoError(
+                f"the standard library's source is not in {root} (zipped or stripped?); "
+                "--corpus PATH takes any other text"
+            )
+        return _split(name, texts)
+    if not path.exists():
+        raise DemoError(f"no corpus: {path} does not exist")
+    if path.is_file():
+        text = _read(path.parent, [path]).get(path.name, b"")
+        cut = len(text) - min(len(text) * HELD_OUT_PERCENT // 100, HELD_OUT_LIMIT)
+        return _corpus(str(path), {path.name: text[:cut]}, {path.name: text[cut:]})
+    files = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
+    return _split(str(path), _read(path, files))
+
+
+def _is_library(file: Path) -> bool:
+    return NOT_THE_LIBRARY.isdisjoint(file.parts)
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def _read(root: Path, files: Iterable[Path]) -> dict[str, bytes]:
+    """The files that are text (no zero byte in them), by their path in `root`."""
+    texts = {}
+    for file in files:
+        if not file.is_file():
+            continue
+        try:
+            text = file.read_bytes()
+        except OSError as problem:
+            raise DemoError(f"cannot read {file}: {problem.strerror}") from problem
+        if text and FILE_START not in text:
+            texts[file.relative_to(root).as_posix()] = text
+    return texts
+
+
+def _split(name: str, texts: dict[str, bytes]) -> Corpus:
+    """Holds out files by the hash of their path; at least one, of large corpora only some."""
+    by_hash = sorted(texts, key=_hash)
+    chosen = [path for path in by_hash if _hash(path) % 100 < HELD_OUT_PERCENT] or by_hash[:1]
+    held_out: dict[str, bytes] = {}
+    for path in chosen:
+        room = HELD_OUT_LIMIT - sum(map(len, held_out.values()))
+        held_out[path] = texts[path][:room]
+    training = {path: text for path, text in texts.items() if path not in held_out}
+    return _corpus(name, training, {path: held_out[path] for path in texts if held_out.get(path)})
+
+
+def _hash(path: str) -> int:
+    """A number that is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
+
+
+def _corpus(name: str, training: dict[str, bytes], held_out: dict[str, bytes]) -> Corpus:
+    if not any(training.values()) or not any(held_out.values()):
+        raise DemoError(f"no corpus: {name} holds too little text to learn from and to measure on")
+    return Corpus(
+        name,
+        _join(training),
+        _join(held_out),
+        len(training.keys() | held_out.keys()),
+        len(held_out),
+    )
+
+
+def _join(texts: dict[str, bytes]) -> bytes:
+    return b"".join(FILE_START + text for text in texts.values())
+
+
+def as_tensor(text: bytes) -> Tensor:
+    """A text as (n,) uint8."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+class Windows:
+    """Windows of a text in an order that is a function of the seed and the step alone.
+
+    Every pass over the text cuts it anew, from a random offset, and takes each window once.
+
+    Args:
+        text: the bytes.
+        length: bytes to predict in a window; a window holds one more.
+        rows: windows in a step.
+        seed: of the order.
+
+    Raises:
+        DemoError: the text is shorter than a window.
+    """
+
+    def __init__(self, text: bytes, length: int, rows: int, seed: int) -> None:
+        self._text = as_tensor(text)
+        self._length = length
+        self._rows = rows
+        self._seed = seed
+        # One window less than fits, for the random offset.
+        self._count = (len(text) - 1) // length - 1
+        if self._count < rows:
+            raise DemoError(
+                f"the corpus is too small: {len(text):,} bytes to learn from, "
+                f"at least {(rows + 1) * length + 1:,} are needed"
+            )
+        self._pass = -1
+        self._starts = torch.empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        """(rows, length + 1) bytes as integers."""
+        number, step = divmod(step, self._count // self._rows)
+        if number != self._pass:
+            self._pass, self._starts = number, self._cut(number)
+        starts = self._starts[step * self._rows : (step + 1) * self._rows]
+        return self._text[starts[:, None] + torch.arange(self._length + 1)].long()
+
+    def _cut(self, number: int) -> Tensor:
+        """Where the windows of a pass start."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        offset = torch.randint(self._length, (1,), generator=generator)
+        return offset + torch.randperm(self._count, generator=generator) * self._length
+
+
+def compressors(corpus: Corpus) -> dict[str, float]:
+    """Bits per held-out byte of the usual compressors, each at its strongest setting.
+
+    All get the held-out text as one stream, so they may use one file to compress the next. The
+    last one has read the training text too, as the model has; left out where that is huge.
+    """
+    text = corpus.held_out
+    jobs: dict[str, Callable[[], int]] = {
+        "gzip": lambda: len(gzip.compress(text, 9)),
+        "bz2": lambda: len(bz2.compress(text, 9)),
+        "xz": lambda: len(_xz(text)),
+    }
+    if len(corpus.training) <= PRIMER_LIMIT:
+        jobs["xz after the training text"] = lambda: (
+            len(_xz(corpus.training + text)) - len(_xz(corpus.training))
+        )
+    with ThreadPoolExecutor() as pool:
+        sizes = {name: pool.submit(job) for name, job in jobs.items()}
+        return {name: 8 * size.result() / len(text) for name, size in sizes.items()}
+
+
+def _xz(text: bytes) -> bytes:
+    """xz with a dictionary that reaches back over the whole text."""
+    dictionary = max(4096, 1 << (len(text) - 1).bit_length())
+    options = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}
+    return lzma.compress(text, filters=[options])
