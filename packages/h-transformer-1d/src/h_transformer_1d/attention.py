@@ -26,7 +26,6 @@ from h_transformer_1d.hierarchy import h_attention
 from h_transformer_1d.legacy import (
     CAUSAL_ATTENTION_KEYS,
     attend_legacy,
-    check_legacy_length,
     check_legacy_options,
 )
 from h_transformer_1d.state import LayerState, attend_state, layer_of_tokens, slot_bias
@@ -298,8 +297,6 @@ class CausalHAttention1D(Attention):
             dropout=dropout,
             legacy=legacy,
         )
-        if legacy:
-            check_legacy_length(max_seq_len, block_size)
         self.max_seq_len = max_seq_len
         register_key_map(self, CAUSAL_ATTENTION_KEYS)
 

@@ -37,11 +37,15 @@ class AutoregressiveWrapper(nn.Module):
 
         Args:
             x: (b, n) tokens, or a list of 1-D tensors of any lengths >= 2.
-            mask: (b, n) or (b, n - 1) boolean, True = take part; masked targets do not count.
+            mask: (b, n) or (b, n - 1) boolean, True = take part; masked targets do not count,
+                unless `net` is legacy.
         """
         inputs, targets, mask = next_token_pairs(
             x, mask, pad_value=self.pad_value, ignore_index=self.ignore_index
         )
+        if isinstance(x, Tensor) and getattr(self.net, "legacy", False):
+            # The reference counts masked targets.
+            targets = x[:, 1:]
         logits = self.net(inputs) if mask is None else self.net(inputs, mask=mask)
         return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=self.ignore_index)
 
