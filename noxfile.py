@@ -53,19 +53,18 @@ def lint(session: nox.Session) -> None:
 )
 def tests(session: nox.Session, package: str, device: str) -> None:
     """Test an installed wheel, away from its source (options after -- go to pytest)."""
-    options = []
     if package == "tools":
         suite = TOOLS / "tests"
         install(session, *everything(session), *group("tools"))
     else:
         suite = DISTRIBUTIONS[package].folder / "tests"
-        options = ["-p", "shared_core.testing.plugin"]
-        options += ["--device", "cuda" if device == "gpu" else "cpu"]
         install(session, *wheels(session, package, testing=True), own_torch=device == "cpu")
+    options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin"]
+    options += ["--device", "cuda" if device == "gpu" else "cpu"]
     with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):
         session.run(
             *(python(session), *safe_path(session), "-m", "pytest"),
-            *("-c", str(ROOT / ".pytest.ini"), *options, str(suite), *session.posargs),
+            *(*options, str(suite), *session.posargs),
             log=False,
         )
 
@@ -75,12 +74,15 @@ def typing(session: nox.Session) -> None:
     """Check types strictly, and that the public names of every wheel are typed."""
     install(session, *everything(session), *group("typing"))
     sources = [str(found.source) for found in DISTRIBUTIONS.values()]
-    session.run("mypy", *sources, "noxfile.py", "tools", log=False)
+    session.run("mypy", *sources, "noxfile.py", *map(str, TOOLS.glob("*.py")), log=False)
     for examples in ROOT.glob("packages/*/examples"):
         # Apart, since every package has a demo.py.
         session.run("mypy", str(examples), log=False)
     for found in DISTRIBUTIONS.values():
-        session.run("pyright", "--verifytypes", found.import_name, "--ignoreexternal", log=False)
+        verify = ("pyright", "--ignoreexternal", "--verifytypes", found.import_name)
+        # Long, and shown only where it fails.
+        session.run(*verify, silent=True, log=False)
+        session.log(f"{found.import_name}: every public name is typed")
 
 
 @nox.session(tags=["static"])
@@ -137,25 +139,31 @@ def pin(session: nox.Session) -> None:
 
 def against_reference(session: nox.Session, package: str, script: str) -> None:
     """Run tools/<script> with our wheel; it calls the reference, which has an environment too."""
-    folder = DISTRIBUTIONS[package].folder
-    install(session, *wheels(session, package), *group("compare"))
-    reference: list[str] = []
+    own_torch = "cuda" not in session.posargs
+    install(session, *wheels(session, package), *group("compare"), own_torch=own_torch)
+    command = [python(session), str(TOOLS / script), package]
     if session.virtualenv.is_sandboxed:
         theirs = Path(session.virtualenv.location, "reference")
-        uv(session, "venv", "--allow-existing", str(theirs))
-        requirements = folder / "benchmarks" / "reference.txt"
-        install(session, "-r", str(requirements), *group("compare"), "--python", str(theirs))
-        reference = ["--reference-python", str(theirs / "bin" / "python")]
-    command = [str(TOOLS / script), package, *reference, *session.posargs]
-    session.run(python(session), *command, log=False)
+        uv(session, "venv", str(theirs))
+        needed = ["-r", str(DISTRIBUTIONS[package].folder / "benchmarks" / "reference.txt")]
+        interpreter = str(theirs / "bin" / "python")
+        install(session, *needed, *group("compare"), into=interpreter, own_torch=own_torch)
+        command += ["--reference-python", interpreter]
+    with session.chdir(session.invoked_from):
+        session.run(*command, *session.posargs, log=False)
 
 
-def install(session: nox.Session, *requirements: str, own_torch: bool = True) -> None:
-    """Make the environment hold exactly the requirements, in the versions of the constraints.
+def install(
+    session: nox.Session, *requirements: str, into: str = "python", own_torch: bool = True
+) -> None:
+    """Make an environment hold exactly the requirements, in the versions of the constraints.
 
-    With `own_torch` false the environment sees the packages of the machine, torch among them.
+    `into` is the environment's Python. With `own_torch` false the environment sees the packages
+    of the machine, torch among them.
     """
     options = ["--exact", "--constraints", str(CONSTRAINTS)]
+    if into != "python":
+        options += ["--python", into]
     with tempfile.TemporaryDirectory() as folder:
         if not own_torch:
             excluded = Path(folder, "excluded.txt")
@@ -163,15 +171,15 @@ def install(session: nox.Session, *requirements: str, own_torch: bool = True) ->
             options += ["--excludes", str(excluded)]
         session.install(*options, *requirements, env=package_sources(), log=False)
     if not own_torch and session.virtualenv.is_sandboxed:
-        show_machine(session)
+        show_machine(session, into)
 
 
-def show_machine(session: nox.Session) -> None:
-    """Let the session's environment import what the Python that runs nox can import."""
+def show_machine(session: nox.Session, interpreter: str) -> None:
+    """Let an environment import what the Python that runs nox can import."""
     folders = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
     lines = [f"import site; site.addsitedir({folder!r})" for folder in folders]
     find = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
-    own = session.run("python", "-c", find, silent=True, log=False)
+    own = session.run(interpreter, "-c", find, silent=True, log=False, external=True)
     Path(str(own), "machine.pth").write_text("\n".join(lines), encoding="utf-8")
 
 

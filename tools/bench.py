@@ -57,7 +57,7 @@ class Effort:
     limit: float = 900.0
 
 
-FULL = Effort(least=5, most=25, seconds=20.0, sample=0.05, processes=3)
+FULL = Effort(least=5, most=25, seconds=12.0, sample=0.05, processes=3)
 QUICK = Effort(least=1, most=3, seconds=0.5, sample=0.005, processes=1)
 
 Open = Callable[[str], Worker]

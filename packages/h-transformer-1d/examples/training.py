@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,8 @@ class Training(LightningModule):
         if self.settings.precision == "bf16":
             trained = (x for x in self.model.named_parameters() if x[1].requires_grad)
             weights = {name: weight.bfloat16() for name, weight in trained}
-        return torch.func.functional_call(self.model, weights, (tokens,))
+        # functional_call is not typed.
+        return cast(Tensor, torch.func.functional_call(self.model, weights, (tokens,)))
 
     def training_step(self, *_: Any) -> None:
         windows = self.windows(self.step)[self.global_rank :: self.trainer.world_size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -23,6 +24,12 @@ SHAPES = list(itertools.product([False, True], repeat=3))
 KINDS = pytest.mark.parametrize(("reversible", "causal", "shift_tokens"), SHAPES)
 
 
+def wave(shape: tuple[int, ...], phase: int) -> Tensor:
+    """Numbers that need no random generator."""
+    n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return (0.4 * torch.sin(n * (1.3 + 0.11 * phase) + phase)).reshape(shape)
+
+
 def reference_state(
     *,
     reversible: bool,
@@ -30,45 +37,54 @@ def reference_state(
     shift_tokens: bool,
     depth: int = 2,
     max_seq_len: int = 64,
-    seed: int = 0,
 ) -> dict[str, Tensor]:
     """state_dict() of a reference model: 20 tokens, dim 16, 2 heads of 8, blocks of 4."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * 0.3
-
-    freqs = RotaryEmbedding(dim=8).freqs.detach()
-    state = {"token_emb.weight": normal(20, 16), "pos_emb.freqs": freqs}
-    inner = "fn.fn." if shift_tokens else "fn."
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_emb.weight": (20, 16),
+        "to_logits.0.weight": (16,),
+        "to_logits.0.bias": (16,),
+        "to_logits.1.weight": (20, 16),
+        "to_logits.1.bias": (20,),
+    }
     for layer in range(depth):
-        names = (f"layers.layers.{layer}.0.", f"layers.layers.{layer}.1.")
-        if reversible:
-            names = (f"layers.blocks.{layer}.f.net.", f"layers.blocks.{layer}.g.net.")
-        attn, ff = names
+        attn, ff = f"layers.layers.{layer}.0.", f"layers.layers.{layer}.1."
+        shapes |= {
+            attn + "fn.to_qkv.weight": (48, 16),
+            attn + "fn.to_out.weight": (16, 16),
+            attn + "fn.to_out.bias": (16,),
+            attn + "norm.weight": (16,),
+            attn + "norm.bias": (16,),
+            ff + "fn.net.0.weight": (64, 16),
+            ff + "fn.net.0.bias": (64,),
+            ff + "fn.net.2.weight": (16, 64),
+            ff + "fn.net.2.bias": (16,),
+            ff + "norm.weight": (16,),
+            ff + "norm.bias": (16,),
+        }
+    state = {name: wave(shapes[name], phase) for phase, name in enumerate(sorted(shapes))}
+    for name in shapes:
+        if name.endswith(("norm.weight", "to_logits.0.weight")):
+            state[name] += 1
+    freqs = RotaryEmbedding(dim=8).freqs.detach().double()
+    state["pos_emb.freqs"] = freqs
+    for layer in range(depth):
+        name = f"layers.layers.{layer}.0.fn."
+        state[name + "pos_emb.freqs"] = freqs
         if causal:
             levels = (max_seq_len // 4).bit_length() - 1
-            state[attn + inner + "mask"] = torch.zeros(levels, max_seq_len, dtype=torch.bool)
-        state |= {
-            attn + inner + "pos_emb.freqs": freqs,
-            attn + inner + "to_qkv.weight": normal(48, 16),
-            attn + inner + "to_out.weight": normal(16, 16),
-            attn + inner + "to_out.bias": normal(16),
-            attn + "norm.weight": 1 + normal(16),
-            attn + "norm.bias": normal(16),
-            ff + inner + "net.0.weight": normal(64, 16),
-            ff + inner + "net.0.bias": normal(64),
-            ff + inner + "net.2.weight": normal(16, 64),
-            ff + inner + "net.2.bias": normal(16),
-            ff + "norm.weight": 1 + normal(16),
-            ff + "norm.bias": normal(16),
-        }
-    return state | {
-        "to_logits.0.weight": 1 + normal(16),
-        "to_logits.0.bias": normal(16),
-        "to_logits.1.weight": normal(20, 16),
-        "to_logits.1.bias": normal(20),
-    }
+            state[name + "mask"] = torch.zeros(levels, max_seq_len, dtype=torch.bool)
+    if shift_tokens:
+        state = {name.replace(".fn.", ".fn.fn."): x for name, x in state.items()}
+    if reversible:
+        pair = (("0", "f"), ("1", "g"))
+        for number, letter in pair:
+            state = {
+                re.sub(
+                    rf"^layers\.layers\.(\d+)\.{number}\.", rf"layers.blocks.\1.{letter}.net.", name
+                ): x
+                for name, x in state.items()
+            }
+    return state
 
 
 @KINDS
@@ -236,6 +252,98 @@ def test_legacy_has_other_numbers(
     assert (legacy - default).abs().max() > 1e-3
     # Numbers come from the argument alone, never from the checkpoint: the keys are the same.
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
+
+
+# What h-transformer-1d 0.1.9 gives for these weights and tokens, in float64, in training mode:
+# three logits of the last token of the first row, the norm of all logits that count, and the norm
+# of the embedding's gradient for the mean square of those.
+REFERENCE_NUMBERS = {
+    # Whether it is reversible, causal, shifts tokens; how many tokens; whether some are masked.
+    (False, False, False, 64, False): [
+        2.14943609,
+        -0.03002072,
+        -2.20780898,
+        89.30688351,
+        2.72758034,
+    ],
+    (False, False, False, 64, True): [
+        2.28356823,
+        -0.65548783,
+        -1.85785869,
+        61.17874062,
+        2.74426456,
+    ],
+    (False, False, False, 40, False): [
+        -1.60028578,
+        -0.77219431,
+        2.11632069,
+        61.7841765,
+        3.58842751,
+    ],
+    (False, False, False, 40, True): [-1.44905581, -0.88567354, 2.05291837, 51.05072462, 3.6643843],
+    (False, False, True, 64, False): [1.80229521, 0.52978794, -2.29393394, 87.99605965, 2.50764073],
+    (False, False, True, 64, True): [2.18338961, -0.33397345, -2.00651723, 59.1987614, 2.88369118],
+    (False, False, True, 40, False): [
+        -1.68223323,
+        -0.61988648,
+        2.08038898,
+        59.64083581,
+        3.24915791,
+    ],
+    (False, False, True, 40, True): [-1.49662799, -0.75213966, 1.99714154, 47.79400859, 3.27056797],
+    (False, True, False, 64, False): [
+        1.20755171,
+        -0.02436374,
+        -1.27030284,
+        88.32604809,
+        2.00961997,
+    ],
+    (False, True, False, 40, False): [-0.6753766, -0.62673697, 1.0788343, 63.79046427, 1.69820853],
+    (False, True, True, 64, False): [-0.25697176, 0.76573982, -0.41728274, 78.68173029, 1.35937917],
+    (False, True, True, 40, False): [0.55676164, -1.87241235, 0.81079081, 62.19556661, 2.06169395],
+    (True, False, False, 64, False): [-0.72448747, -1.53244579, 1.82892163, 64.01714626, 2.2928511],
+    (True, False, False, 64, True): [-0.93849378, -1.21488759, 1.79715268, 43.74164164, 2.10770497],
+    (True, False, False, 40, False): [
+        -1.13633429,
+        -1.72046593,
+        2.38628728,
+        48.00578757,
+        1.51922918,
+    ],
+    (True, False, False, 40, True): [-1.13910744, -1.77035602, 2.42767305, 36.90683782, 1.53443148],
+    (True, False, True, 64, False): [-0.69945523, -1.56686083, 1.83052503, 61.57649702, 2.00024215],
+    (True, False, True, 64, True): [-1.08740884, -1.07672782, 1.83913851, 43.61037958, 1.91153029],
+    (True, False, True, 40, False): [-1.18617761, -1.52751001, 2.28679172, 46.23387145, 1.28267879],
+    (True, False, True, 40, True): [-1.11164318, -1.61824248, 2.28247999, 36.17082683, 1.49364541],
+    (True, True, False, 64, False): [-0.86779331, -0.32949078, 1.0411963, 76.88256614, 1.67004628],
+    (True, True, False, 40, False): [-0.59881297, -0.14488364, 0.62933863, 51.99287031, 1.94382641],
+    (True, True, True, 64, False): [-0.87158564, -0.3035837, 1.02493776, 73.1554042, 1.49159723],
+    (True, True, True, 40, False): [-0.57852391, -0.08332572, 0.56140661, 49.23355347, 1.60901756],
+}
+
+
+@pytest.mark.parametrize(
+    ("reversible", "causal", "shift_tokens", "n", "masked"), list(REFERENCE_NUMBERS)
+)
+def test_legacy_numbers(
+    make_model: Any, reversible: bool, causal: bool, shift_tokens: bool, n: int, masked: bool
+) -> None:
+    kind = {"reversible": reversible, "causal": causal, "shift_tokens": shift_tokens}
+    model = make_model(**kind, legacy=True).double()
+    model.load_state_dict(reference_state(**kind))
+    place = torch.arange(2 * n, device=model.norm.weight.device).reshape(2, n)
+    x = (place * 7 + place // 3) % 20
+    rows = torch.ones_like(x, dtype=torch.bool)
+    if masked:
+        rows = (place[:1] % 5 != 2).repeat(2, 1)
+        rows[1, 30:] = False
+    out = model(x, mask=rows) if masked else model(x)
+    (embedding,) = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    (gradient,) = torch.autograd.grad(out[rows].square().mean(), embedding.weight)
+    actual = [*out[0, n - 1, :3].tolist(), out[rows].norm().item(), gradient.norm().item()]
+    assert actual == pytest.approx(
+        REFERENCE_NUMBERS[reversible, causal, shift_tokens, n, masked], abs=1e-5, rel=1e-5
+    )
 
 
 def test_legacy_rows_do_not_sum_to_one(device: torch.device) -> None:
