@@ -65,6 +65,8 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         session.run(
             *(python(session), *safe_path(session), "-m", "pytest"),
             *(*options, str(suite), *session.posargs),
+            # Where it is set, every one of the many child processes would compile torch anew.
+            env={"PYTHONDONTWRITEBYTECODE": ""},
             log=False,
         )
 

@@ -57,6 +57,8 @@ class Measurer:
 
     def describe(self, distribution: str, import_name: str | None) -> dict[str, Any]:
         """What is installed here, and on what machine; `code` is a hash of the package's files."""
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("there is no CUDA device")
         version, code = None, ""
         if import_name is not None:
             module = importlib.import_module(import_name)

@@ -229,6 +229,9 @@ def attentions() -> Iterator[Comparison]:
         (small, {"dim": 4}, (2, 40), False),
         (small, {"dim": 8, "theta": 500.0}, (2, 40), False),
         (small, {"dim": 8, "learned_freq": True}, (2, 40), True),
+        (small, {"dim": 8, "freqs_for": "pixel"}, (2, 40), False),
+        # The reference takes no notice of this one.
+        (small, {"dim": 8, "interpolate_factor": 2.0}, (2, 40), False),
         ({**small, "eps": 0.1}, None, (3, 40), True),
         ({}, None, (1, 200), True),
         (causal, None, (2, 64), False),

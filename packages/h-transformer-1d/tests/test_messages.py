@@ -312,6 +312,10 @@ def test_attention_inputs(device: torch.device) -> None:
         refused(ValueError, lambda: attention(x, mask=mask), (2, 20), (2, 21))  # noqa: B023
         refused(TypeError, lambda: attention(x, mask=x[..., 0]), "mask", torch.float32)  # noqa: B023
         refused(ValueError, lambda: attention(x[:, :0]), 0)  # noqa: B023
+        angles = torch.zeros(20, 8, device=device)
+        refused(ValueError, lambda: attention(x, angles=angles), (20, 8), 21)  # noqa: B023
+        wide = torch.zeros(21, 10, device=device)
+        refused(ValueError, lambda: attention(x, angles=wide), (21, 10), 8)  # noqa: B023
     refused(ValueError, lambda: causal(torch.zeros(2, 31, 16, device=device)), 31, 30)
     with pytest.raises(TypeError):
         CausalHAttention1D(16, max_seq_len=30, query_resolution="coarse")
@@ -400,7 +404,7 @@ def test_legacy_attention_knows_no_new_option(
         )
 
 
-@pytest.mark.parametrize("value", [-0.5, 1.0, 1.5])
+@pytest.mark.parametrize("value", [-0.5, 1.1, 1.5])
 def test_layer_dropout_is_a_probability(value: float) -> None:
     blocks = nn.ModuleList([nn.ModuleList([nn.Identity(), nn.Identity()])])
     for sequence in (ReversibleSequence, SequentialSequence):
@@ -409,3 +413,10 @@ def test_layer_dropout_is_a_probability(value: float) -> None:
         refused(ValueError, lambda: sequence(odd), 3)  # noqa: B023
         with pytest.raises(TypeError, match="no_such_argument"):
             sequence(blocks)(torch.zeros(1, 2, 4), no_such_argument=1)
+
+
+@pytest.mark.parametrize("value", [2, 5])
+def test_dim_head_fits_the_rotary_embedding(value: int) -> None:
+    refused(
+        ValueError, lambda: HTransformer1D(**model_arguments(dim_head=value)), "dim_head", value
+    )

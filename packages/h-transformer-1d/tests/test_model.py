@@ -687,6 +687,60 @@ def test_pos_emb_is_used(make_model: Any, tokens: Any) -> None:
     assert not torch.equal(make_model(pos_emb=RotaryEmbedding(dim=4))(x), default)
 
 
+def test_positions_may_be_interpolated(make_model: Any, tokens: Any) -> None:
+    """Positions divided by a factor: the outputs of other positions, in step and in one piece."""
+    x = tokens(1, 40)
+    model = make_model(pos_emb=RotaryEmbedding(dim=8, interpolate_factor=2.0)).double().eval()
+    assert not torch.equal(model(x), make_model().double()(x))
+    with torch.no_grad():
+        assert_pieces_equal_whole(model, model.step, x, [[7, 33]], state=model.init_state(1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"reversible": True}, {"causal": False}])
+def test_learned_frequencies_learn(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
+    pos_emb = RotaryEmbedding(dim=8, learned_freq=True)
+    model = make_model(pos_emb=pos_emb, **changes).double()
+    x = tokens(2, 29)
+    (slope,) = torch.autograd.grad(model(x).square().mean(), pos_emb.freqs)
+    step = 1e-6
+    for i in range(len(slope)):
+        values = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                pos_emb.freqs[i] += sign * step
+                values.append(model(x).square().mean())
+        with torch.no_grad():
+            pos_emb.freqs[i] += step
+        difference = (values[0] - values[1]) / (2 * step)
+        torch.testing.assert_close(slope[i], difference, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_angles_take_the_place_of_positions(device: torch.device, causal: bool) -> None:
+    settings = {"heads": 2, "dim_head": 8, "block_size": 4}
+    attention: nn.Module
+    torch.manual_seed(0)
+    if causal:
+        attention = CausalHAttention1D(16, max_seq_len=64, **settings)
+    else:
+        attention = HAttention1D(16, **settings)
+    attention = attention.to(device)
+    pos_emb = RotaryEmbedding(dim=8).to(device)
+    x = torch.randn(2, 21, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    angles = pos_emb(torch.arange(21, device=device))
+    without = attention(x)
+    assert torch.equal(attention(x, angles=torch.zeros_like(angles)), without)
+    rotated = attention(x, angles=angles)
+    assert not torch.allclose(rotated, without)
+    attention.pos_emb = pos_emb
+    torch.testing.assert_close(attention(x), rotated)
+    # Within a block only distances count; over blocks the means of rotated keys know more.
+    short = x[:, :4]
+    torch.testing.assert_close(
+        attention(short, angles=angles[5:9]), attention(short), atol=1e-5, rtol=0
+    )
+
+
 def test_position_is_relative(make_model: Any, device: torch.device) -> None:
     """In one block rotary embedding knows distances only: a masked start moves nothing."""
     model = shake(make_model(num_tokens=None, block_size=64).double())
@@ -802,6 +856,21 @@ def test_layer_dropout(device: torch.device, sequence: Any) -> None:
     outs = {tuple(dropping.train()(x).flatten().tolist()) for _ in range(20)}
     assert len(outs) > 5
     torch.testing.assert_close(dropping.eval()(x), whole)
-    always = sequence(blocks, layer_dropout=0.999999).train()
+    always = sequence(blocks, layer_dropout=1.0).train()
     one = sequence(blocks[:1])(x)
     torch.testing.assert_close(always(x), one)
+
+
+def test_interpolated_positions(device: torch.device) -> None:
+    """Twice the length at half the step is what `interpolate_factor` asks for."""
+    torch.manual_seed(0)
+    plain = CausalHAttention1D(8, max_seq_len=64, heads=2, dim_head=8, block_size=4)
+    plain.to(device)
+    x = torch.randn(1, 20, 8, device=device)
+    half = RotaryEmbedding(8).to(device)
+    half.freqs.data /= 2
+    outs = []
+    for pos_emb in (RotaryEmbedding(8, interpolate_factor=2.0).to(device), half):
+        plain.pos_emb = pos_emb
+        outs.append(plain(x))
+    torch.testing.assert_close(outs[0], outs[1])

@@ -6,7 +6,6 @@ Shapes: b batch, n tokens, t new tokens, d model width, h query heads, g key/val
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -53,9 +52,16 @@ class RotaryOwner(nn.Module):
         return self
 
 
-def rotary_angles(pos_emb: RotaryEmbedding, start: int, length: int, device: Any) -> Tensor:
-    """(length, r) angles of the positions from `start` on, in the type of the frequencies."""
-    positions = pos_emb.get_seq_pos(length, device=device, dtype=pos_emb.freqs.dtype, offset=start)
+def rotary_angles(
+    pos_emb: RotaryEmbedding, start: int, length: int, device: torch.device, legacy: bool = False
+) -> Tensor:
+    """(length, r) angles of the positions from `start` on, in the type of the frequencies.
+
+    The reference does not take notice of `interpolate_factor`.
+    """
+    positions = torch.arange(start, start + length, device=device, dtype=pos_emb.freqs.dtype)
+    if not legacy:
+        positions = positions / pos_emb.interpolate_factor
     angles: Tensor = pos_emb(positions)
     return angles
 
@@ -132,7 +138,7 @@ class Attention(RotaryOwner):
         """
         self._check(x, mask)
         if angles is None and self.pos_emb is not None:
-            angles = rotary_angles(self.pos_emb, 0, x.shape[1], x.device)
+            angles = rotary_angles(self.pos_emb, 0, x.shape[1], x.device, self.legacy)
         out, _, _ = self._forward(x, mask, angles)
         return out
 

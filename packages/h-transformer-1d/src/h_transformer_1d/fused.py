@@ -166,24 +166,29 @@ class _Gradients(NamedTuple):
     level_bias: Tensor | None
 
 
-def _zero_gradients(heads: _Heads, levels: list[Level]) -> _Gradients:
+def _zero_gradients(heads: _Heads, levels: list[Level], finest: list[Tensor]) -> _Gradients:
+    """Sums to add to; those of level 0 are `finest` (q, k, v), where these are wide enough."""
     kind = accumulator(heads.q.dtype)
 
-    def zeros(xs: list[Tensor]) -> list[Tensor]:
-        return [torch.zeros(x.shape, dtype=kind, device=x.device) for x in xs]
+    def zeros(x: Tensor) -> Tensor:
+        return torch.zeros(x.shape, dtype=kind, device=x.device)
 
+    q, k, v = (x.zero_() if x.dtype == kind else zeros(x) for x in finest)
+    coarse = levels[1:]
     return _Gradients(
-        zeros([level.queries for level in levels if level.queries is not None] or [heads.q]),
-        zeros([level.keys for level in levels]),
-        zeros([level.values for level in levels]),
-        None if heads.level_bias is None else zeros([heads.level_bias])[0],
+        [q, *(zeros(level.queries) for level in coarse if level.queries is not None)],
+        [k, *(zeros(level.keys) for level in coarse)],
+        [v, *(zeros(level.values) for level in coarse)],
+        None if heads.level_bias is None else zeros(heads.level_bias),
     )
 
 
-def _backward(heads: _Heads, grad: Tensor, out: Tensor, lse: Tensor) -> _Gradients:
-    """Gradients of a few heads; those of their q, k and v are the first of each list."""
+def _backward(
+    heads: _Heads, grad: Tensor, out: Tensor, lse: Tensor, finest: list[Tensor]
+) -> Tensor | None:
+    """Writes the gradients of a few heads to `finest` (q, k, v) and returns the level bias's."""
     levels = list(heads.levels())
-    sums = _zero_gradients(heads, levels)
+    sums = _zero_gradients(heads, levels, finest)
     coarse = heads.rule.coarse
     delta = None
     if coarse or sums.level_bias is not None or not has_flash_backward(heads.q):
@@ -198,7 +203,10 @@ def _backward(heads: _Heads, grad: Tensor, out: Tensor, lse: Tensor) -> _Gradien
         tokens = levels[index - 1].tokens
         for means in (sums.k, sums.v, *([sums.q] if coarse else [])):
             add_gradient_of_means(means[index - 1], means[index], tokens)
-    return sums
+    for x, total in zip(finest, (sums.q[0], sums.k[0], sums.v[0]), strict=True):
+        if x is not total:
+            x.copy_(total)
+    return sums.level_bias
 
 
 def _patch_backward(
@@ -364,12 +372,10 @@ def _attend_backward(
     rule = _rule(q, mask, block_size, causal, scheme, coarse, scale)
     new = _new_gradients(q, k, v, level_bias)
     for queries, kv, heads in _split(q, k, v, level_bias, rule):
-        part = _backward(heads, grad[:, queries], out[:, queries], lse[:, queries])
-        new[0][:, queries] = part.q[0]
-        new[1][:, kv] = part.k[0]
-        new[2][:, kv] = part.v[0]
-        if part.level_bias is not None:
-            new[3][:, queries] = part.level_bias
+        finest = [new[0][:, queries], new[1][:, kv], new[2][:, kv]]
+        grad_bias = _backward(heads, grad[:, queries], out[:, queries], lse[:, queries], finest)
+        if grad_bias is not None:
+            new[3][:, queries] = grad_bias
     return new
 
 

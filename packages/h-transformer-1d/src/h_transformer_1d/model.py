@@ -187,8 +187,10 @@ class HTransformer1D(RotaryOwner):
             check_legacy_length(max_seq_len, block_size)
             # The reference takes a `pos_emb` and uses its own.
             pos_emb = None
-        elif pos_emb is None and dim_head % 2:
-            raise ValueError(f"dim_head must be even for rotary positions, got {dim_head}")
+        if pos_emb is None and (dim_head % 2 or dim_head < 4):
+            raise ValueError(
+                f"dim_head must be even and at least 4 for rotary positions, got {dim_head}"
+            )
         self.num_tokens = num_tokens
         self.dim = dim
         self.max_seq_len = max_seq_len
@@ -478,7 +480,7 @@ class HTransformer1D(RotaryOwner):
         return self.layers.pairs()
 
     def _angles(self, start: int, x: Tensor) -> Tensor:
-        return rotary_angles(self.pos_emb, start, x.shape[1], x.device)
+        return rotary_angles(self.pos_emb, start, x.shape[1], x.device, self.legacy)
 
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.token_emb is not None:

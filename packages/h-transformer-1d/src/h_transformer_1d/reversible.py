@@ -46,8 +46,8 @@ class _Sequence(nn.Module):
                     f"args_route[{name!r}] must hold {len(self.layers)} entries, one a layer, "
                     f"got {len(route)}"
                 )
-        if not 0.0 <= layer_dropout < 1.0:
-            raise ValueError(f"layer_dropout must be in [0, 1), got {layer_dropout}")
+        if not 0.0 <= layer_dropout <= 1.0:
+            raise ValueError(f"layer_dropout must be in [0, 1], got {layer_dropout}")
         self.layer_dropout = layer_dropout
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
@@ -72,7 +72,7 @@ class _Sequence(nn.Module):
         return bound
 
     def kept(self, pairs: list[tuple[Function, Function]]) -> list[tuple[Function, Function]]:
-        """Layer dropout: leaves layers out while training, never all of them."""
+        """Layer dropout: leaves layers out while training, but one at least stays."""
         if not self.training or self.layer_dropout == 0.0:
             return pairs
         dropped = (torch.rand(len(pairs)) < self.layer_dropout).tolist()
