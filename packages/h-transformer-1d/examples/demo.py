@@ -1,13 +1,13 @@
 """Trains a byte-level language model on the source of Python's standard library, in minutes.
 
-    python demo.py                              2 minutes of training
-    python demo.py --minutes 10                 a larger model, for longer
-    python demo.py --resume                     go on after an interruption, with the identical loss
-    python demo.py --resume --minutes 20        train a finished model on
-    python demo.py --corpus ~/texts             learn any other text
-    python demo.py --devices 2                  two processes on this machine
-    python demo.py --devices 2 --num-nodes 2    two machines: the same command on each, with
-                                                MASTER_ADDR, MASTER_PORT and NODE_RANK set
+    nox -s demo                                  2 minutes of training
+    nox -s demo -- --minutes 10                  a larger model, for longer
+    nox -s demo -- --resume                      after an interruption, with the identical loss
+    nox -s demo -- --resume --minutes 20         train a finished model on
+    nox -s demo -- --corpus ~/texts              learn any other text
+    nox -s demo -- --devices 2                   two processes on this machine
+    nox -s demo -- --devices 2 --num-nodes 2     two machines: the same on each, with MASTER_ADDR,
+                                                 MASTER_PORT and NODE_RANK in the environment
 
 Files that the model has not seen measure it, in bits per byte, beside gzip, bz2 and xz. The output
 folder receives the checkpoint, the loss of every step and a plot of it. The model is a plain
@@ -60,15 +60,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes", type=positive(float), help="time to train, without set-up (2)")
     add("--steps", type=positive(int), help="steps to train, instead of a time")
     add("--corpus", type=Path, metavar="PATH", help="folder or file to learn instead")
-    add("--out", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(demo-output)")
-    add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on from the last one")
+    add(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="FOLDER",
+        help="for the results (demo-output)",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="go on from the last one, or from this",
+    )
     add("--size", choices=tuple(SIZES), help="of the model (large from 5 minutes on)")
     add("--seed", type=int, help="of the weights, the order of the text and the sample (0)")
     add("--prompt", default="", help="what the sample begins with")
     add("--length", type=positive(int), default=800, help="longest sample, in bytes (800)")
     add("--devices", type=positive(int), default=1, help="processes on this machine (1)")
     add("--num-nodes", type=positive(int), default=1, help="machines (1)")
-    add("--accelerator", default="cpu", help="as Lightning names it: cpu (default), gpu, ...")
+    add("--accelerator", default="cpu", help="in Lightning's words: cpu (default), gpu, ...")
     return parser.parse_args(arguments)
 
 

@@ -13,6 +13,7 @@ from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor, nn
 
 from h_transformer_1d.checks import (
+    check_angles,
     check_dropout,
     check_embeddings,
     check_length,
@@ -137,7 +138,9 @@ class Attention(RotaryOwner):
             ValueError: a shape does not fit.
         """
         self._check(x, mask)
-        if angles is None and self.pos_emb is not None:
+        if angles is not None:
+            check_angles(angles, x.shape[1], self.dim_head)
+        elif self.pos_emb is not None:
             angles = rotary_angles(self.pos_emb, 0, x.shape[1], x.device, self.legacy)
         out, _, _ = self._forward(x, mask, angles)
         return out

@@ -65,6 +65,14 @@ def check_embeddings(x: Tensor, dim: int) -> None:
         raise ValueError(f"embeddings must be (b, n, {dim}), n >= 1, got shape {tuple(x.shape)}")
 
 
+def check_angles(angles: Tensor, n: int, dim_head: int) -> None:
+    """Raises ValueError unless `angles` is (n, r) with r <= dim_head."""
+    if angles.dim() != 2 or angles.shape[0] != n or angles.shape[1] > dim_head:
+        raise ValueError(
+            f"angles must be ({n}, r) with r <= dim_head={dim_head}, got {tuple(angles.shape)}"
+        )
+
+
 def check_length(n: int, longest: int) -> None:
     """Raises ValueError for a sequence over `max_seq_len`."""
     if n > longest:

@@ -29,7 +29,7 @@ def h_attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Hierarchical attention (Zhu & Soricut 2021, section 4) with one softmax over all levels.
+    """Hierarchical attention (Zhu & Soricut 2021) with one softmax over all levels.
 
     Nearby tokens are seen one by one, tokens at a distance as means of 2, 4, 8, ...; a mean of
     n tokens carries a logit of log(n), so that every row is a weighted mean over all tokens
@@ -82,12 +82,7 @@ def h_attention(
     if mask is not None:
         q, k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (q, k, v))
     if impl == "auto":
-        if dropout:
-            impl = "plain"
-        elif q.device.type == "cuda" and not coarse and q.dtype != torch.float64:
-            impl = "flex"
-        else:
-            impl = "fused"
+        impl = _fastest(q, coarse, dropout)
     options = (block_size, causal, scheme, coarse, scale)
     if impl == "plain":
         return attend_plain(q, k, v, mask, level_bias, *options, dropout)
@@ -95,6 +90,14 @@ def h_attention(
         return attend_flex(q, k, v, mask, level_bias, block_size, causal, scheme, scale)
     out: Tensor = attend_fused(q, k, v, mask, level_bias, *options)[0]
     return out
+
+
+def _fastest(q: Tensor, coarse: bool, dropout: float) -> str:
+    """The implementation that serves these inputs best; flex_attention takes heads from 16 on."""
+    if dropout:
+        return "plain"
+    wide = q.shape[-1] >= 16 and q.dtype != torch.float64
+    return "flex" if q.device.type == "cuda" and wide and not coarse else "fused"
 
 
 def _check_tensors(

@@ -5,7 +5,7 @@ s slots of a level, r rows of a patch.
 
 Level l of the pyramid holds the means of 2^l neighbouring keys and values; a slot stands for the
 n_l unmasked tokens behind it through a logit of ``q . K_l * scale + log(n_l)``
-(Zhu & Soricut 2021, section 4). A `Patch` names the rectangles of the attention matrix that one
+(Zhu & Soricut 2021). A `Patch` names the rectangles of the attention matrix that one
 level fills; together the patches cover every pair of tokens exactly once:
 
     causal, sibling, 8 blocks          bidirectional, sibling
