@@ -116,9 +116,11 @@ class Attention(RotaryOwner):
         self.eps = eps
         self.legacy = legacy
         self.pos_emb = pos_emb
-        self.to_qkv = nn.Linear(dim, (heads + 2 * groups) * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim)
-        self.level_bias = nn.Parameter(torch.zeros(_BIASED_LEVELS, heads)) if level_bias else None
+        self.to_qkv: nn.Linear = nn.Linear(dim, (heads + 2 * groups) * dim_head, bias=False)
+        self.to_out: nn.Linear = nn.Linear(heads * dim_head, dim)
+        self.level_bias: nn.Parameter | None = None
+        if level_bias:
+            self.level_bias = nn.Parameter(torch.zeros(_BIASED_LEVELS, heads))
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, angles: Tensor | None = None

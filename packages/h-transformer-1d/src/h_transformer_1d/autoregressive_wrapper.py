@@ -30,7 +30,7 @@ class AutoregressiveWrapper(nn.Module):
         self.pad_value = pad_value
         self.ignore_index = ignore_index
         self.net = net
-        self.max_seq_len = int(net.max_seq_len)  # type: ignore[arg-type]
+        self.max_seq_len: int = int(net.max_seq_len)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The mean cross-entropy of each token given those before it, in nats.

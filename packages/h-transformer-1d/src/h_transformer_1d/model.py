@@ -198,8 +198,10 @@ class HTransformer1D(RotaryOwner):
         self.block_size = block_size
         self.scheme = scheme
         self.legacy = legacy
-        self.token_emb = None if num_tokens is None else nn.Embedding(num_tokens, dim)
-        self.pos_emb = RotaryEmbedding(dim_head) if pos_emb is None else pos_emb
+        self.token_emb: nn.Embedding | None = None
+        if num_tokens is not None:
+            self.token_emb = nn.Embedding(num_tokens, dim)
+        self.pos_emb: RotaryEmbedding = RotaryEmbedding(dim_head) if pos_emb is None else pos_emb
 
         def attention() -> Attention:
             options: dict[str, Any] = {
@@ -232,9 +234,11 @@ class HTransformer1D(RotaryOwner):
             "angles": ((True, False),) * depth,
         }
         sequence = ReversibleSequence if reversible else SequentialSequence
-        self.layers = sequence(pairs, routes)
-        self.norm = nn.LayerNorm(dim)
-        self.to_logits = None if num_tokens is None else nn.Linear(dim, num_tokens)
+        self.layers: ReversibleSequence | SequentialSequence = sequence(pairs, routes)
+        self.norm: nn.LayerNorm = nn.LayerNorm(dim)
+        self.to_logits: nn.Linear | None = None
+        if num_tokens is not None:
+            self.to_logits = nn.Linear(dim, num_tokens)
         register_key_map(self, MODEL_KEYS)
 
     def forward(

@@ -38,8 +38,8 @@ class _Sequence(nn.Module):
         for number, pair in enumerate(pairs):
             if len(pair) != 2:
                 raise ValueError(f"layer {number} must be a pair (f, g), got {len(pair)} modules")
-        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
-        self.args_route = dict(args_route)
+        self.layers: nn.ModuleList = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+        self.args_route: dict[str, Route] = dict(args_route)
         for name, route in self.args_route.items():
             if len(route) != len(self.layers):
                 raise ValueError(
