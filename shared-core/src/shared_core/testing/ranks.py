@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,11 @@ def main(
     faulthandler.dump_traceback_later(timeout, exit=True)
     result = function(*args)
     torch.save(result, folder / f"result{rank}")
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Past the destructors: threads of the process group that still run there abort the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
