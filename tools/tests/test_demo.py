@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,14 @@ import demo, training
 training.PLAN_SECONDS = 0.05
 sys.exit(demo.main())
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,8 @@ def start(texts: Path, out: Path, *options: object, **environment: str) -> subpr
     with out.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, str(script), *map(str, arguments)],
-            env=os.environ | environment,
+            # Two threads of several processes at once would mostly wait for each other.
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             stdout=log,
             stderr=log,
         )
