@@ -163,6 +163,30 @@ def test_every_implementation_equals_oracle(device: torch.device, case: Case) ->
             compare("without the kernel", "fused")
 
 
+@settings(max_examples=100)
+@given(case=cases())
+def test_inference_equals_oracle(device: torch.device, case: Case) -> None:
+    """Without gradients, up to two blocks take another way than longer sequences."""
+    tensors, mask, options = case.build(device)
+    bias = tensors[3] if len(tensors) > 3 else None
+    with torch.no_grad():
+        out = h_attention(*tensors[:3], mask=mask, level_bias=bias, **options)
+    expected = h_attention_oracle(*tensors[:3], mask=mask, level_bias=bias, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_two_blocks_take_exact_attention_and_three_do_not(device: torch.device) -> None:
+    q = torch.randn(1, 2, 24, 8, device=device)
+    options: dict[str, Any] = {"causal": True, "block_size": 8}
+    with (
+        torch.no_grad(),
+        patch.object(F, "scaled_dot_product_attention", side_effect=ZeroDivisionError),
+    ):
+        h_attention(q, q, q, **options)
+        with pytest.raises(ZeroDivisionError):
+            h_attention(q[:, :, :16], q[:, :, :16], q[:, :, :16], **options)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 12, 15, 16, 17, 23, 24, 31, 32, 33, 47, 64, 65])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_length_equals_oracle(device: torch.device, mode: dict[str, Any], n: int) -> None:

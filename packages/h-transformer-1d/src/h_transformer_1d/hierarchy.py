@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from h_transformer_1d.checks import IMPLEMENTATIONS, check_dropout, check_mask, check_options
 from h_transformer_1d.flex import attend_flex
 from h_transformer_1d.fused import attend_fused
 from h_transformer_1d.plain import attend_plain
+from h_transformer_1d.pyramid import count_levels
 
 
 def h_attention(
@@ -82,6 +84,16 @@ def h_attention(
     if mask is not None:
         q, k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (q, k, v))
     if impl == "auto":
+        if (
+            dropout == 0.0
+            and mask is None
+            and level_bias is None
+            and _is_exact(q, k, v, block_size)
+        ):
+            grouped = k.shape[1] != q.shape[1]
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+            )
         impl = _fastest(q, coarse, dropout)
     options = (block_size, causal, scheme, coarse, scale)
     if impl == "plain":
@@ -90,6 +102,17 @@ def h_attention(
         return attend_flex(q, k, v, mask, level_bias, block_size, causal, scheme, scale)
     out: Tensor = attend_fused(q, k, v, mask, level_bias, *options)[0]
     return out
+
+
+def _is_exact(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
+    """Whether PyTorch's attention serves: two blocks have no coarse level, so it is the same.
+
+    Not for gradients, since its backward pass is slow in bf16 and has none of its own; nor while
+    tracing, where it would tie a dynamic length to two blocks.
+    """
+    if torch.compiler.is_compiling() or count_levels(q.shape[2], block_size) > 1:
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
 
 
 def _fastest(q: Tensor, coarse: bool, dropout: float) -> str:
