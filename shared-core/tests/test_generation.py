@@ -102,9 +102,9 @@ def test_pairs_refuse() -> None:
         message = re.escape(f"mask must be (2, 3) or (2, 2), got {shape}")
         with pytest.raises(ValueError, match=message):
             next_token_pairs(x, torch.ones(shape, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"at least one tensor, each \(t,\), got shapes \[\]"):
+    with pytest.raises(ValueError, match=r"at least one tensor, each \(t,\), got \[\]"):
         next_token_pairs([])
-    with pytest.raises(ValueError, match=r"each \(t,\), got shapes \[\(3,\), \(1, 3\)\]"):
+    with pytest.raises(ValueError, match=r"each \(t,\), got \[\(3,\), \(1, 3\)\]"):
         next_token_pairs([x[0], x[:1]])
     with pytest.raises(TypeError, match="x must hold integer tokens"):
         next_token_pairs([x[0].float()])

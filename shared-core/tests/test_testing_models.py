@@ -248,6 +248,22 @@ class InfiniteGradient(Sound):
         return (self.body(x) * 0).sqrt()
 
 
+class WrongIn(Sound):
+    """Adds a constant to its outputs in one dtype: gradients stay right."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x) + (1.0 if x.dtype == self.dtype else 0.0)
+
+
+class WrongUnderAutocast(Sound):
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x) + (1.0 if torch.is_autocast_enabled(x.device.type) else 0.0)
+
+
 def test_portable(device: torch.device) -> None:
     assert_portable(Sound, inputs(), device)
     assert_portable(partial(nn.Embedding, 5, 3), (torch.tensor([[0, 4]]),), str(device))
@@ -265,6 +281,9 @@ def test_portable(device: torch.device) -> None:
         (NotSaved, Exception, "meta"),
         (StaysFloat, AssertionError, r"an output is torch\.float32, not torch\.float64"),
         (ImpreciseInDouble, AssertionError, "float64"),
+        (partial(WrongIn, torch.float64), AssertionError, "float64: "),
+        (partial(WrongIn, torch.bfloat16), AssertionError, "bfloat16: an output is off by"),
+        (WrongUnderAutocast, AssertionError, "autocast: an output is off by"),
         (RefusesBfloat16, RuntimeError, "dtype"),
         (InfiniteInBfloat16, AssertionError, "an output is not finite"),
         (RefusesAutocast, RuntimeError, "dtype"),

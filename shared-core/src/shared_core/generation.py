@@ -159,9 +159,9 @@ def _check_tokens(x: Tensor, name: str, *, at_least: int) -> None:
 
 def _pad_rows(rows: Sequence[Tensor], pad_value: int) -> tuple[Tensor, Tensor]:
     """Sequences (t_i,) -> tokens and mask, both (b, largest t_i)."""
-    shapes = [tuple(row.shape) for row in rows]
-    if not shapes or any(len(shape) != 1 for shape in shapes):
-        raise ValueError(f"x must hold at least one tensor, each (t,), got shapes {shapes}")
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in rows]
+    if not shapes or any(isinstance(shape, str) or len(shape) != 1 for shape in shapes):
+        raise ValueError(f"x must hold at least one tensor, each (t,), got {shapes}")
     x = pad_sequence(list(rows), batch_first=True, padding_value=pad_value)
     lengths = torch.tensor([len(row) for row in rows], device=x.device)
     return x, torch.arange(x.shape[1], device=x.device) < lengths[:, None]

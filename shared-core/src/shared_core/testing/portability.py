@@ -17,7 +17,11 @@ from .trees import assert_close, fresh_leaves, map_tensors, random_sum, tensors,
 
 
 def assert_portable(
-    build: Callable[[], nn.Module], inputs: Sequence[Any], device: torch.device | str = "cpu"
+    build: Callable[[], nn.Module],
+    inputs: Sequence[Any],
+    device: torch.device | str = "cpu",
+    *,
+    half_error: float = 0.1,
 ) -> None:
     """A module survives all that people do with modules.
 
@@ -29,6 +33,7 @@ def assert_portable(
         build: makes the module on the default device, in float32, without active dropout.
         inputs: positional arguments.
         device: where to run.
+        half_error: how far outputs in bfloat16 may be off, relative to their norm.
 
     Raises:
         AssertionError: names the way that failed; what a way raises itself is not caught.
@@ -68,14 +73,22 @@ def assert_portable(
         other = copy.deepcopy(module).to(dtype)
         got = _gradients(other, to_float(given, dtype), other, outputs_in=dtype)
         _same_names(got, reached, str(dtype))
+        with torch.no_grad():
+            outputs = other(*to_float(given, dtype))
         if dtype == torch.float64:
-            assert_close(to_float(got, torch.float32), reached, "float64", atol=1e-3, rtol=1e-2)
+            got, outputs = to_float((got, outputs), torch.float32)
+            assert_close(got, reached, "float64, gradients", atol=1e-3, rtol=1e-2)
+            assert_close(outputs, expected, "float64", atol=1e-4, rtol=1e-3)
+        else:
+            _assert_near(outputs, expected, str(dtype), half_error)
 
     def under_autocast(*args: Any) -> Any:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             return module(*args)
 
     _same_names(_gradients(module, given, under_autocast), reached, "autocast")
+    with torch.no_grad():
+        _assert_near(under_autocast(*given), expected, "autocast", half_error)
 
 
 def assert_hub_round_trip(
@@ -137,6 +150,14 @@ def _gradients(
         if not bool(gradient.isfinite().all()):
             raise AssertionError(f"the gradient of {name} is not finite")
     return found
+
+
+def _assert_near(found: Any, expected: Any, way: str, error: float) -> None:
+    """Each floating-point tensor within a relative error of its norm."""
+    for x, y in zip(tensors(found), tensors(expected), strict=True):
+        if y.is_floating_point() and (distance := (x.to(y) - y).norm()) > error * y.norm():
+            share = float(distance / y.norm())
+            raise AssertionError(f"{way}: an output is off by {share:.2g} of its norm")
 
 
 def _same_names(found: dict[str, Tensor], expected: dict[str, Tensor], way: str) -> None:
