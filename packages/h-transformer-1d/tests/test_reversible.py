@@ -217,6 +217,43 @@ def test_the_input_and_output_stay_usable(device: torch.device) -> None:
     torch.testing.assert_close(leaf.grad, expected[0], atol=1e-10, rtol=1e-10)
 
 
+def test_whoever_holds_the_input_of_a_layer_may_read_it(device: torch.device) -> None:
+    """Or its output, after the forward and the backward pass, and take gradients through it."""
+    blocks = make_blocks(device, dropout=0.3)
+    x = make_input(device).requires_grad_()
+    leaves = [x, *blocks[0].parameters(), *blocks[1][0].parameters()]
+    held: list[Tensor] = []
+
+    def hold(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        held.extend((inputs[0], inputs[0][:, 1:], output))
+
+    for f, g in blocks:
+        f.register_forward_hook(hold)
+        g.register_forward_hook(hold)
+    results = []
+    for run in (lambda x: formula(blocks, x), ReversibleSequence(blocks)):
+        held.clear()
+        torch.manual_seed(3)
+        out = run(x)
+        seen = held[:24]
+        assert len(held) == len(seen)
+        before = [y.detach().clone() for y in seen]
+        # The output of the third function, which the result has no part in.
+        gradients = torch.autograd.grad(seen[8].pow(3).sum(), leaves, retain_graph=True)
+        gradients += torch.autograd.grad(out.pow(3).sum() + seen[9].sum(), leaves)
+        results.append([*before, *(y.detach() for y in seen), *gradients])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_changing_the_input_in_place_is_refused(device: torch.device) -> None:
+    x = make_input(device).requires_grad_() * 1.0
+    out = ReversibleSequence(make_blocks(device))(x)
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 class Sub(nn.Module):
     """Functions that hand on their input, keep no input, or nothing at all."""
 
@@ -233,11 +270,21 @@ class Sub(nn.Module):
             return self.weight.expand_as(x)
         if self.kind == "nothing":
             return torch.zeros_like(x)
+        if self.kind == "noise":
+            return x + torch.randn_like(x)
         return x * self.weight + x.detach()
 
 
 @pytest.mark.parametrize(
-    "kinds", [("identity", "scaled"), ("constant", "nothing"), ("scaled",) * 2]
+    "kinds",
+    [
+        ("identity", "scaled"),
+        ("constant", "nothing"),
+        ("scaled",) * 2,
+        ("noise", "scaled"),
+        ("scaled", "noise"),
+        ("noise",) * 2,
+    ],
 )
 def test_unusual_functions(device: torch.device, kinds: tuple[str, str]) -> None:
     blocks = nn.ModuleList([nn.ModuleList([Sub(kind) for kind in kinds]) for _ in range(3)])
@@ -246,12 +293,15 @@ def test_unusual_functions(device: torch.device, kinds: tuple[str, str]) -> None
     leaves = [x, *blocks.parameters()]
     results = []
     for run in (lambda x: formula(blocks, x), ReversibleSequence(blocks)):
+        torch.manual_seed(3)
         out = run(x)
         gradients = torch.autograd.grad(out.pow(3).sum(), leaves, allow_unused=True)
         zeros = [torch.zeros_like(x) for x in leaves]
         results.append(
             [out.detach()] + [z if g is None else g for g, z in zip(gradients, zeros, strict=True)]
         )
+        # The backward pass draws no numbers of its own.
+        results[-1] += [torch.rand(3), torch.rand(3, device=device)]
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
 

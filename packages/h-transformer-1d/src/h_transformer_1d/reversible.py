@@ -9,13 +9,19 @@ layer from its outputs instead of having kept them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    checkpoint,
+    get_device_states,
+    set_checkpoint_early_stop,
+    set_device_states,
+)
 
 from h_transformer_1d.legacy import REVERSIBLE_KEYS
 from shared_core import register_key_map
@@ -125,7 +131,8 @@ class ReversibleSequence(_Sequence):
     """Reversible residual layers: training keeps the activations of one layer, not of all.
 
     Works in training and evaluation, with dropout, frozen inputs, `torch.autograd.grad`, autocast,
-    DDP and FSDP2. Under `torch.compile` the same function runs without saving memory.
+    DDP and FSDP2. Without saving memory the same function runs under `torch.compile`, and for
+    `HTransformer1D.forward(..., return_state=True)`.
 
     Args:
         blocks: pairs (f, g) of modules, each (b, n, d) -> (b, n, d).
@@ -151,7 +158,7 @@ class ReversibleSequence(_Sequence):
         pairs = self.kept(self.bind(**arguments))
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.run(x, pairs)
-        return _Chain(x, [function for pair in pairs for function in pair]).result()
+        return _Chain([function for pair in pairs for function in pair]).run(x)
 
     @staticmethod
     def run(x: Tensor, pairs: Iterable[tuple[Function, Function]]) -> Tensor:
@@ -166,61 +173,102 @@ class ReversibleSequence(_Sequence):
 class _Chain:
     """The states s_0 = s_1 = x and s_(k+2) = s_k + F_k(s_(k+1)) of a reversible stack.
 
-    Every F_k is checkpointed. A state's storage is freed as soon as no later state needs it; when
-    the backward pass computes F_k again, the value gives s_k = s_(k+2) - F_k(s_(k+1)) back.
+    Every F_k is checkpointed without its input s_(k+1), so that the graph keeps none: in the
+    forward pass a state lives while a later one, or somebody outside, needs it. The chain keeps
+    the last two; when the backward pass computes F_k again, the value gives
+    s_k = s_(k+2) - F_k(s_(k+1)) back.
     """
 
-    def __init__(self, x: Tensor, functions: list[Function]) -> None:
+    def __init__(self, functions: list[Function]) -> None:
         self.functions = functions
-        self.states = [x, x]
-        self.called: set[int] = set()
-        for k in range(len(functions)):
+        self.states: dict[int, Tensor] = {}
+        """Without graph. They come in pairs s_k, s_(k+1), from which one can go back."""
+        self.first: list[_FirstCall] = []
+
+    def run(self, x: Tensor) -> Tensor:
+        """The sum of the last two states."""
+        before = now = x
+        self._know(0, x, x)
+        for k in range(len(self.functions)):
+            self.first.append(_FirstCall(now.dtype, now.requires_grad, _random_state(x)))
             # The value is wanted to its end, though gradients may need only its beginning.
             with set_checkpoint_early_stop(False):
-                value = checkpoint(partial(self._call, k), self.states[k + 1], use_reentrant=False)
-            self.states.append(self.states[k] + value)
-            self._free(k)
+                value = checkpoint(
+                    partial(self._call, k, [now]), x, use_reentrant=False, preserve_rng_state=False
+                )
+            before, now = now, before + value
+            self._know(k + 1, before, now)
+            del self.states[k]
+        return before + now
 
-    def result(self) -> Tensor:
-        return self.states[-2] + self.states[-1]
+    def _call(self, k: int, state: list[Tensor], x: Tensor) -> Tensor:
+        """F_k(s_(k+1)), which is called once forward and again in the backward pass.
 
-    def _call(self, k: int, x: Tensor) -> Tensor:
-        """F_k(x), which is called once forward and again in the backward pass."""
-        if k not in self.called:
-            self.called.add(k)
-            return self.functions[k](x)
-        self._restore(k + 1)
-        if _is_freed(x):
-            # Within another checkpoint, x is the state of a chain that was made again.
-            _fill(x, self.states[k + 1].detach())
-        value = self.functions[k](x)
-        self._give_back(k, value)
-        self._free(k + 2)
+        Args:
+            state: s_(k+1) at the first call, and no longer thereafter.
+            x: the input of the stack.
+        """
+        if state:
+            return self.functions[k](state.pop())
+        self._know(0, x, x)
+        if not self._knows(k):
+            self._go_back(k + 1)
+        return self._step_back(k)
+
+    def _go_back(self, k: int) -> None:
+        """Makes s_k and s_(k+1) known where no gradient has asked for the functions above."""
+        top = next(i for i in range(k, len(self.functions) + 1) if self._knows(i))
+        for i in reversed(range(k, top)):
+            with torch.no_grad():
+                self._step_back(i)
+
+    def _step_back(self, k: int) -> Tensor:
+        """F_k(s_(k+1)) as at its first call, which makes s_k known."""
+        dtype, requires_grad, random = self.first[k]
+        state = self.states[k + 1].detach().to(dtype).requires_grad_(requires_grad)
+        with _same_draws(random):
+            value = self.functions[k](state)
+        if k not in self.states:
+            self.states[k] = self.states[k + 2] - value.detach()
+        if k + 2 < len(self.functions):
+            self.states.pop(k + 2, None)
         return value
 
-    def _free(self, k: int) -> None:
-        """Frees s_k, unless it is the input or one of the last two."""
-        if 2 <= k < len(self.functions):
-            self.states[k].untyped_storage().resize_(0)
+    def _know(self, k: int, state: Tensor, following: Tensor) -> None:
+        self.states[k], self.states[k + 1] = state.detach(), following.detach()
 
-    def _restore(self, k: int) -> None:
-        """Gives s_k back where no gradient has asked for F_k, which then draws no numbers."""
-        if _is_freed(self.states[k]):
-            self._restore(k + 2)
-            self._restore(k + 1)
-            with torch.no_grad():
-                self._give_back(k, self.functions[k](self.states[k + 1]))
-
-    def _give_back(self, k: int, value: Tensor) -> None:
-        if _is_freed(self.states[k]):
-            _fill(self.states[k], self.states[k + 2].detach() - value.detach())
+    def _knows(self, k: int) -> bool:
+        return k in self.states and k + 1 in self.states
 
 
-def _is_freed(x: Tensor) -> bool:
-    return x.numel() > 0 and x.untyped_storage().size() == 0
+class _RandomState(NamedTuple):
+    """Of the CPU's generator, and of those of the devices."""
+
+    cpu: Tensor
+    device_type: str
+    devices: list[int]
+    states: list[Tensor]
 
 
-def _fill(x: Tensor, content: Tensor) -> None:
-    """Gives x storage again; through `data`, so that autograd sees no change of what it saved."""
-    x.untyped_storage().resize_(x.numel() * x.element_size())
-    x.data.copy_(content)
+class _FirstCall(NamedTuple):
+    """What the input of a function was like, and the draws to come."""
+
+    dtype: torch.dtype
+    requires_grad: bool
+    random: _RandomState
+
+
+def _random_state(x: Tensor) -> _RandomState:
+    kind = x.device.type
+    if getattr(getattr(torch, kind, None), "_initialized", False):
+        return _RandomState(torch.get_rng_state(), kind, *get_device_states(x))
+    return _RandomState(torch.get_rng_state(), "cpu", [], [])
+
+
+@contextmanager
+def _same_draws(state: _RandomState) -> Iterator[None]:
+    """Draws the numbers that were drawn after `state`, and leaves the generators alone."""
+    with torch.random.fork_rng(state.devices, device_type=state.device_type):
+        torch.set_rng_state(state.cpu)
+        set_device_states(state.devices, state.states, device_type=state.device_type)
+        yield
