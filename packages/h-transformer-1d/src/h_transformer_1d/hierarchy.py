@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from h_transformer_1d.checks import IMPLEMENTATIONS, check_dropout, check_mask, check_options
-from h_transformer_1d.flex import attend_flex
+from h_transformer_1d.flex import attend_flex, flex_serves
 from h_transformer_1d.fused import attend_fused
 from h_transformer_1d.plain import attend_plain
-from h_transformer_1d.pyramid import count_levels
+from h_transformer_1d.pyramid import accumulator, count_levels
 
 
 def h_attention(
@@ -50,12 +50,15 @@ def h_attention(
             partition: more accurate, about 1.5 times the work, needs an even block size.
         query_resolution: "fine", or "coarse" to average queries at the level of the keys they
             meet, the paper's O(n) form; not with `causal`, where a mean would see later queries.
-        level_bias: (levels, h) added to the logits of each level; levels beyond use the last row.
+        level_bias: (levels, h), finite, added to the logits of each level; levels beyond use the
+            last row.
         scale: factor of the logits, 1 / sqrt(d) by default.
         dropout: probability of dropping an attention weight.
-        impl: "auto", or "fused" (own backward pass, memory linear in n), "plain"
-            (differentiable operations), "flex" (`torch.nn.attention.flex_attention`, made for
-            CUDA, without `query_resolution="coarse"`, dropout and double backward).
+        impl: "auto" (the fastest; for up to two blocks without gradients it is PyTorch's own exact
+            attention, which is the same there), "fused" (own backward pass, memory linear in n),
+            "plain" (differentiable operations), or "flex"
+            (`torch.nn.attention.flex_attention`, made for CUDA, without
+            `query_resolution="coarse"`, dropout and double backward).
 
     Returns:
         (b, h, n, d) in the type of q.
@@ -77,23 +80,22 @@ def h_attention(
         )
     if impl == "fused" and dropout:
         raise ValueError(f"impl 'fused' has no dropout, got {dropout}; use 'plain'")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     if q.numel() == 0:
         return q * 1.0
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if level_bias is not None:
+        level_bias = level_bias.to(accumulator(q.dtype))
     if mask is not None:
         q, k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (q, k, v))
     if impl == "auto":
-        if (
-            dropout == 0.0
-            and mask is None
-            and level_bias is None
-            and _is_exact(q, k, v, block_size)
-        ):
-            grouped = k.shape[1] != q.shape[1]
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
-            )
+        plain = dropout == 0.0 and mask is None and level_bias is None
+        if plain and _is_exact(q, k, v, block_size):
+            # Autocast would round the inputs, which it does not for longer sequences.
+            with torch.autocast(q.device.type, enabled=False):
+                return F.scaled_dot_product_attention(
+                    q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+                )
         impl = _fastest(q, coarse, dropout)
     options = (block_size, causal, scheme, coarse, scale)
     if impl == "plain":
@@ -116,11 +118,10 @@ def _is_exact(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
 
 
 def _fastest(q: Tensor, coarse: bool, dropout: float) -> str:
-    """The implementation that serves these inputs best; flex_attention takes heads from 16 on."""
+    """The implementation that serves these inputs best."""
     if dropout:
         return "plain"
-    wide = q.shape[-1] >= 16 and q.dtype != torch.float64
-    return "flex" if q.device.type == "cuda" and wide and not coarse else "fused"
+    return "flex" if not coarse and flex_serves(q) else "fused"
 
 
 def _check_tensors(
@@ -146,6 +147,8 @@ def _check_tensors(
         raise ValueError(f"the sequence must hold at least 1 token, got shape {tuple(q.shape)}")
     if mask is not None:
         check_mask(mask, b, n)
+    if level_bias is not None and not level_bias.is_floating_point():
+        raise TypeError(f"level_bias must be floating point, got {level_bias.dtype}")
     if level_bias is not None and (
         level_bias.dim() != 2 or level_bias.shape[0] < 1 or level_bias.shape[1] != h
     ):
