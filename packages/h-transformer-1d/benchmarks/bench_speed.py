@@ -127,7 +127,7 @@ def decode_reference(*, device: str) -> Run:
 def state_size(*, device: str, n: int) -> Callable[[], float]:
     def bytes_of(x: Any) -> int:
         if isinstance(x, Tensor):
-            return x.numel() * x.element_size()
+            return x.untyped_storage().nbytes()
         return sum(map(bytes_of, x)) if isinstance(x, tuple) else 0
 
     def run() -> float:

@@ -556,6 +556,63 @@ def test_lower_precision(
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_logits_in_lower_precision(
+    device: torch.device, mode: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Logits of a standard deviation of 30: rounded ones would be wrong by a factor of 1.1."""
+    q, k, v = inputs(1, 2, 75, 16, device=device)
+    tensors = [(q * 5.5).to(dtype), (k * 5.5).to(dtype), v.to(dtype)]
+    options = {**mode, "block_size": 8}
+    actual = outputs_and_gradients(h_attention, tensors, None, options)
+    expected = outputs_and_gradients(
+        h_attention_oracle, [x.double() for x in tensors], None, options
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.double() - e).norm() < 0.03 * e.norm()
+
+
+@pytest.mark.parametrize("n", [16, 17])
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_leaves_the_type(device: torch.device, n: int, grad: bool) -> None:
+    q = torch.randn(1, 2, n, 16, device=device, requires_grad=grad)
+    options: dict[str, Any] = {"causal": True, "block_size": 8}
+    expected = h_attention(q, q, q, **options)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = h_attention(q, q, q, **options)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operators_are_as_declared(
+    device: torch.device, mode: dict[str, Any], transposed: bool
+) -> None:
+    """Schemas, fake kernels and strides, as the compiler relies on them."""
+    x = torch.randn(3, 1, 2, 16, 21, device=device)
+    q, k, v = x.mT if transposed else x.mT.contiguous()
+    coarse = mode.get("query_resolution") == "coarse"
+    rule = (4, mode["causal"], mode["scheme"], coarse, 0.5)
+    out, lse = fused.attend_fused(q, k, v, None, None, *rule)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.h_transformer_1d.attend.default, (q, k, v, None, None, *rule), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.h_transformer_1d.attend_backward.default,
+        (out, q, k, v, None, None, out, lse, *rule),
+        test_utils=tests,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_width(device: torch.device, mode: dict[str, Any]) -> None:
+    q = torch.zeros(1, 2, 21, 0, device=device)
+    assert h_attention(q, q, q, block_size=4, **mode).shape == q.shape
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_empty_batch(device: torch.device, mode: dict[str, Any]) -> None:
     tensors = [x.requires_grad_() for x in inputs(0, 2, 21, 4, device=device)]
     out = h_attention(*tensors, block_size=4, **mode)

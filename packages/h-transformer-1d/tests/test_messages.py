@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +30,9 @@ def refused(error: type[Exception], call: Any, *fragments: object) -> None:
     # A subclass would be somebody else's error that happened to come by.
     assert type(caught.value) is error
     for fragment in fragments:
-        assert str(fragment) in str(caught.value), str(caught.value)
+        # A number is not found inside of another one.
+        whole = rf"(?<!\d){re.escape(str(fragment))}(?!\d)"
+        assert re.search(whole, str(caught.value)), str(caught.value)
 
 
 def attention_inputs(device: torch.device, **changes: Any) -> dict[str, Any]:
@@ -344,6 +348,45 @@ def test_steps(device: torch.device) -> None:
     refused(ValueError, lambda: model.step(ids(2), state), (2,))
     refused(ValueError, lambda: model.step(ids(2, 0), state), (2, 0))
     refused(TypeError, lambda: model.step(ids(2, 1).float(), state), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"depth": 3}, ["3 layers", "has 1"]),
+        ({"scheme": "neighbor"}, ["neighbor", "sibling"]),
+        ({"block_size": 4}, ["blocks of 4", "blocks of 8"]),
+        ({"kv_heads": 1}, ["(2, 2, 8, 8)", "(2, 1, 8, 8)"]),
+        ({"dim_head": 16}, ["(2, 2, 8, 16)"]),
+        ({"shift_tokens": True}, ["2 shifted", "model 0"]),
+    ],
+)
+def test_a_state_of_another_model(
+    device: torch.device, changes: dict[str, Any], fragments: list[object]
+) -> None:
+    settings = {"depth": 1, "heads": 2, "dim_head": 8, "block_size": 8, "causal": True}
+    model = HTransformer1D(**model_arguments(**settings)).to(device)
+    other = HTransformer1D(**model_arguments(**{**settings, **changes})).to(device)
+    x = torch.ones(2, 9, dtype=torch.long, device=device)
+    _, state = other(x, return_state=True)
+    refused(ValueError, lambda: model.step(x[:, :1], state), *fragments)
+
+
+def test_rotary_with_xpos() -> None:
+    xpos = RotaryEmbedding(8, use_xpos=True)
+    refused(ValueError, lambda: HTransformer1D(**model_arguments(pos_emb=xpos)), "use_xpos=True")
+
+
+def test_legacy_length() -> None:
+    arguments = model_arguments(legacy=True, max_seq_len=24, block_size=8)
+    refused(ValueError, lambda: HTransformer1D(**arguments), "max_seq_len=24", "block_size=8")
+
+
+def test_the_type_of_a_level_bias(device: torch.device) -> None:
+    q = torch.randn(1, 2, 9, 4, device=device)
+    bias = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    call = partial(h_attention, q, q, q, causal=True, block_size=4, level_bias=bias)
+    refused(TypeError, call, torch.int64)
 
 
 def test_generation(device: torch.device) -> None:

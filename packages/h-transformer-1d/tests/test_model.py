@@ -17,6 +17,7 @@ from h_transformer_1d import (
     ReversibleSequence,
     SequentialSequence,
 )
+from h_transformer_1d.attention import rotary_angles
 from h_transformer_1d.oracle import h_attention_oracle
 from shared_core.testing import assert_causal, assert_masked_ignored, assert_pieces_equal_whole
 
@@ -568,7 +569,8 @@ def test_state_stays_small(make_model: Any, tokens: Any, scheme: str) -> None:
     with torch.no_grad():
         for n in (2**9, 2**12, 2**15):
             _, state = model(tokens(1, n), return_state=True)
-            size = sum(x.numel() for x in tensors_of(state))
+            # Not numel: a view would hold on to all that it was cut from.
+            size = sum(x.untyped_storage().nbytes() // x.itemsize for x in tensors_of(state))
             levels = n.bit_length() - c.bit_length() + 1
             blocks = 1 + (1 if scheme == "sibling" else 2) * levels
             # Keys and values of 2 heads x 8, and a little for counters and open sums.
@@ -582,7 +584,7 @@ def test_state_is_a_fiftieth_of_a_cache(make_model: Any, tokens: Any) -> None:
     model = make_model(block_size=128, max_seq_len=65536, depth=1, heads=1, dim_head=64).eval()
     with torch.no_grad():
         _, state = model(tokens(1, 65536), return_state=True)
-    size = sum(x.numel() * x.element_size() for x in tensors_of(state))
+    size = sum(x.untyped_storage().nbytes() for x in tensors_of(state))
     assert size <= 2 * 65536 * 64 * 4 / 50
 
 
@@ -592,6 +594,49 @@ def test_state_follows_the_parameters(make_model: Any, device: torch.device) -> 
         assert all(x.device.type == device.type for x in tensors_of(state))
         assert tensors_of(state.layers)
         assert all(x.dtype == dtype for x in tensors_of(state.layers))
+
+
+def test_a_state_holds_no_prompt(make_model: Any, tokens: Any) -> None:
+    model = make_model(shift_tokens=True).eval()
+    for n in (32, 35):
+        with torch.no_grad():
+            _, state = model(tokens(2, n), return_state=True)
+        for x in tensors_of(state):
+            assert x.untyped_storage().nbytes() == x.numel() * x.itemsize
+
+
+def test_step_after_a_prefill_under_autocast(
+    device: torch.device, make_model: Any, tokens: Any
+) -> None:
+    model = make_model().eval()
+    x = tokens(2, 31)
+    with torch.no_grad():
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            _, state = model(x[:, :20], return_state=True)
+            inside, _ = model.step(x[:, 20:], state)
+        outside, _ = model.step(x[:, 20:], state)
+        expected = model(x)[:, 20:]
+    for out in (inside, outside):
+        torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_step_drops_weights_while_training(make_model: Any, tokens: Any) -> None:
+    model = make_model(attn_dropout=0.5)
+    x = tokens(2, 9)
+    state = model.init_state(2)
+    torch.manual_seed(0)
+    first, second = (model.step(x, state)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model.step(x, state)[0], model.step(x, state)[0])
+
+
+def test_positions_stay_apart_in_bfloat16(device: torch.device) -> None:
+    """Where the frequencies are rounded by somebody else, positions are not."""
+    rotary = RotaryEmbedding(8).to(device).bfloat16()
+    angles = rotary_angles(rotary, 0, 2000, device)
+    assert angles.dtype == torch.float32
+    assert len(angles.unique(dim=0)) == 2000
 
 
 def test_step_in_bfloat16(make_model: Any, tokens: Any) -> None:

@@ -211,6 +211,33 @@ def test_max_seq_len_and_state_dict(make_model: Any) -> None:
     assert set(wrapper.state_dict()) == {f"net.{name}" for name in model.state_dict()}
 
 
+def test_a_batch_without_targets_has_no_loss(make_model: Any, tokens: Any) -> None:
+    model = make_model()
+    x = tokens(2, 9)
+    loss = AutoregressiveWrapper(model)(x, mask=torch.zeros_like(x, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_loss_takes_int32(make_model: Any, tokens: Any, legacy: bool) -> None:
+    wrapper = AutoregressiveWrapper(make_model(legacy=legacy))
+    x = tokens(2, 17)
+    assert wrapper(x.int()) == wrapper(x)
+
+
+def test_a_compiled_model_decodes_step_by_step(make_model: Any, tokens: Any) -> None:
+    model = make_model(max_seq_len=16).eval()
+    compiled = torch.compile(model, backend="eager")
+    prompt = tokens(2, 12)
+    # Full passes over the last 16 tokens would go on differently.
+    assert torch.equal(
+        AutoregressiveWrapper(compiled).generate(prompt, 30, temperature=0.0),
+        AutoregressiveWrapper(model).generate(prompt, 30, temperature=0.0),
+    )
+
+
 def test_wrapper_messages(make_model: Any, tokens: Any) -> None:
     wrapper = AutoregressiveWrapper(make_model())
     with pytest.raises((TypeError, ValueError)):
@@ -227,6 +254,12 @@ def test_wrapper_messages(make_model: Any, tokens: Any) -> None:
         wrapper.generate(tokens(2, 3), 3, no_such_option=1)
     with pytest.raises(TypeError):
         wrapper(tokens(2, 3), no_such_option=1)
+    with pytest.raises(TypeError, match="Linear has none"):
+        AutoregressiveWrapper(torch.nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="num_tokens=None"):
+        AutoregressiveWrapper(make_model(num_tokens=None))
+    with pytest.raises(ValueError, match="list"):
+        wrapper([[1, 2, 3], [4, 5]])
     bidirectional = make_model(causal=False)
     with pytest.raises(ValueError, match="causal"):
         AutoregressiveWrapper(bidirectional).generate(tokens(2, 3), 3)

@@ -56,15 +56,18 @@ class RotaryOwner(nn.Module):
 def rotary_angles(
     pos_emb: RotaryEmbedding, start: int, length: int, device: torch.device, legacy: bool = False
 ) -> Tensor:
-    """(length, r) angles of the positions from `start` on, in the type of the frequencies.
+    """(length, r) angles of the positions from `start` on, at least in float32.
 
     The reference does not take notice of `interpolate_factor`.
     """
-    positions = torch.arange(start, start + length, device=device, dtype=pos_emb.freqs.dtype)
+    # In bf16 position 257 would be 256.
+    kind = torch.promote_types(pos_emb.freqs.dtype, torch.float32)
+    positions = torch.arange(start, start + length, device=device, dtype=kind)
     if not legacy:
         positions = positions / pos_emb.interpolate_factor
-    angles: Tensor = pos_emb(positions)
-    return angles
+    # Not by the module's own call, which rounds the positions to the type of the frequencies.
+    angles: Tensor = positions[:, None] * pos_emb.freqs.to(kind)
+    return angles.repeat_interleave(2, -1)
 
 
 class Attention(RotaryOwner):
@@ -192,7 +195,9 @@ class Attention(RotaryOwner):
         if self.level_bias is not None:
             sizes = layer.closed_keys.shape[2], layer.open_keys.shape[2]
             bias = slot_bias(self.level_bias, *sizes, self.block_size)
-        return self._merge(attend_state(q, layer, logits, bias, self.dim_head**-0.5)), layer
+        dropout = self.dropout if self.training else 0.0
+        out = attend_state(q, layer, logits, bias, self.dim_head**-0.5, dropout)
+        return self._merge(out), layer
 
     def _project(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, d) and keys, values (b, g, n, d); the first two rotated."""

@@ -23,9 +23,17 @@ class AutoregressiveWrapper(nn.Module):
         net: maps (b, n) tokens to (b, n, num_tokens) logits; has `max_seq_len`.
         ignore_index: target that does not count in the loss.
         pad_value: fills short rows and what follows the end of a row.
+
+    Raises:
+        TypeError: `net` has no integer `max_seq_len`.
+        ValueError: `net` has no tokens.
     """
 
     def __init__(self, net: nn.Module, ignore_index: int = -100, pad_value: int = 0) -> None:
+        if not isinstance(getattr(net, "max_seq_len", None), int):
+            raise TypeError(f"net must have an integer max_seq_len, {type(net).__name__} has none")
+        if getattr(net, "num_tokens", 0) is None:
+            raise ValueError("net must map tokens to logits, got a model with num_tokens=None")
         super().__init__()
         self.pad_value = pad_value
         self.ignore_index = ignore_index
@@ -38,16 +46,19 @@ class AutoregressiveWrapper(nn.Module):
         Args:
             x: (b, n) tokens, or a list of 1-D tensors of any lengths >= 2.
             mask: (b, n) or (b, n - 1) boolean, True = take part; masked targets do not count,
-                unless `net` is legacy.
+                unless `net` is legacy. Without any target the loss is 0.
         """
         inputs, targets, mask = next_token_pairs(
             x, mask, pad_value=self.pad_value, ignore_index=self.ignore_index
         )
         if isinstance(x, Tensor) and getattr(self.net, "legacy", False):
             # The reference counts masked targets.
-            targets = x[:, 1:]
+            targets = x[:, 1:].long()
         logits = self.net(inputs) if mask is None else self.net(inputs, mask=mask)
-        return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=self.ignore_index)
+        total = F.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=self.ignore_index, reduction="sum"
+        )
+        return total / (targets != self.ignore_index).sum().clamp(min=1)
 
     def generate(
         self,
@@ -85,10 +96,11 @@ class AutoregressiveWrapper(nn.Module):
         return out[0] if start_tokens.dim() == 1 else out
 
     def _step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        net = self.net
+        # What torch.compile returns holds the model as `_orig_mod`.
+        net = getattr(self.net, "_orig_mod", self.net)
         if isinstance(net, HTransformer1D) and not net.legacy:
             return net.advance(tokens, state)
         # Any other model sees its last `max_seq_len` tokens again.
         seen = tokens if state is None else torch.cat((state, tokens), 1)
         seen = seen[:, -self.max_seq_len :]
-        return net(seen), seen
+        return self.net(seen), seen

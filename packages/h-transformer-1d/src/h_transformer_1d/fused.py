@@ -381,6 +381,7 @@ def _attend_backward(
 
 @_attend_backward.register_fake
 def _(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     return _new_gradients(q, k, v, inputs[1])
 
 

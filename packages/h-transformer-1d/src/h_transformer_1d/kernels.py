@@ -10,13 +10,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from h_transformer_1d.pyramid import EMPTY
+from h_transformer_1d.pyramid import EMPTY, accumulator
+
+
+def _operator(name: str, arguments: str) -> Any:
+    """A private operator of PyTorch, or None where it is not there or takes other arguments."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or "default" not in packet.overloads():
+        return None
+    names = " ".join(argument.name for argument in packet.default._schema.arguments)
+    return packet if names == arguments else None
+
 
 # PyTorch's fused CPU attention returns the log-sum-exp only through these two operators. They are
-# private, so a release without them takes the matrix products below.
-_FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_FLASH_BACKWARD: Any = getattr(
-    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
+# private, so a release where they differ takes the matrix products below.
+_FLASH = _operator(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "query key value dropout_p is_causal attn_mask scale",
+)
+_FLASH_BACKWARD = _operator(
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "grad_out query key value out logsumexp dropout_p is_causal attn_mask scale",
 )
 
 
@@ -113,10 +127,9 @@ def _logits(x: Rectangles) -> Tensor:
 
 def patch_logits(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Logits (..., r, s), at least in float32, of q (..., r, d), k (..., s, d), bias (..., s)."""
-    logits = q @ k.mT
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    logits = logits * scale
+    # Rounded logits would not belong to the log-sum-exp that a fused kernel has found.
+    wide = accumulator(q.dtype)
+    logits = q.to(wide) @ k.to(wide).mT * scale
     if bias is not None:
         logits = logits + bias[..., None, :]
     if causal:

@@ -110,7 +110,8 @@ def shift_features(
             part = part.masked_fill(~mask[..., None], 0.0)
         edge = torch.zeros_like(part[:, :1])
         if shift > 0:
-            handed_on = part[:, -1:]
+            # A copy, since a view would keep the whole sequence alive.
+            handed_on = part[:, -1:].clone()
             part = torch.cat((edge if before is None else before, part[:, :-1]), 1)
         elif shift < 0:
             part = torch.cat((part[:, 1:], edge), 1)
@@ -181,12 +182,12 @@ class HTransformer1D(RotaryOwner):
         )
         check_dropout("attn_dropout", attn_dropout)
         check_dropout("ff_dropout", ff_dropout)
-        check_rotary(pos_emb, dim_head, legacy)
         if legacy:
             check_legacy_options(num_tokens=num_tokens is not None, ff_dropout=ff_dropout == 0.0)
             check_legacy_length(max_seq_len, block_size)
             # The reference takes a `pos_emb` and uses its own.
             pos_emb = None
+        check_rotary(pos_emb, dim_head, legacy)
         if pos_emb is None and (dim_head % 2 or dim_head < 4):
             raise ValueError(
                 f"dim_head must be even and at least 4 for rotary positions, got {dim_head}"
@@ -278,7 +279,7 @@ class HTransformer1D(RotaryOwner):
             raise ValueError(f"batch must be at least 0, got {batch}")
         like = self.norm.weight
         layers = []
-        for attend, feed in self._sublayers():
+        for attend, feed in self.layers.pairs():
             body = attend.body
             shifted = tuple(
                 like.new_zeros(batch, 1, self.dim // len(sub.shifts))
@@ -307,13 +308,17 @@ class HTransformer1D(RotaryOwner):
         """
         self._check_stateful()
         self._check_input(x, None)
-        layers, batch = len(state.layers), state.open_logit.shape[0]
-        if layers != len(self.layers.layers):
-            raise ValueError(
-                f"the state has {layers} layers, the model has {len(self.layers.layers)}"
-            )
-        if batch != x.shape[0]:
-            raise ValueError(f"the state holds {batch} sequences, got {x.shape[0]}")
+        sublayers = list(self.layers.pairs())
+        attention, shifts = sublayers[0][0].body, sum(bool(sub.shifts) for sub in sublayers[0])
+        state.check(
+            x.shape[0],
+            len(sublayers),
+            attention.kv_heads,
+            attention.dim_head,
+            self.block_size,
+            self.scheme,
+            shifts,
+        )
         outputs = []
         done = 0
         while done < x.shape[1]:
@@ -435,7 +440,7 @@ class HTransformer1D(RotaryOwner):
 
             return attention, feed_forward
 
-        pairs = [run(attend, feed) for attend, feed in self._sublayers()]
+        pairs = [run(attend, feed) for attend, feed in self.layers.pairs()]
         hidden = self.layers.run(self._embed(x, mask), pairs)
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -472,16 +477,13 @@ class HTransformer1D(RotaryOwner):
 
         pairs = [
             run(attend, feed, before)
-            for (attend, feed), before in zip(self._sublayers(), state.layers, strict=True)
+            for (attend, feed), before in zip(self.layers.pairs(), state.layers, strict=True)
         ]
         hidden = self.layers.run(self._embed(x, None), pairs)
         state = state._replace(layers=tuple(layers))
         if state.length % self.block_size == 0:
             state = close_block(state, self.scheme, self.block_size)
         return self._read(hidden), state
-
-    def _sublayers(self) -> Iterator[tuple[_AttentionLayer, _FeedForwardLayer]]:
-        return self.layers.pairs()
 
     def _angles(self, start: int, x: Tensor) -> Tensor:
         return rotary_angles(self.pos_emb, start, x.shape[1], x.device, self.legacy)

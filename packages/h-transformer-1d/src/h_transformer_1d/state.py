@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from h_transformer_1d.pyramid import (
@@ -40,10 +41,10 @@ class LayerState(NamedTuple):
     shifted: tuple[Tensor, ...] = ()
 
     def append(self, keys: Tensor, values: Tensor) -> LayerState:
-        """Adds (b, g, t, d) to the open block."""
+        """Adds (b, g, t, d) to the open block, in the type of the state."""
         return self._replace(
-            open_keys=torch.cat((self.open_keys, keys), 2),
-            open_values=torch.cat((self.open_values, values), 2),
+            open_keys=torch.cat((self.open_keys, keys.to(self.open_keys.dtype)), 2),
+            open_values=torch.cat((self.open_values, values.to(self.open_values.dtype)), 2),
         )
 
 
@@ -59,6 +60,7 @@ class State(NamedTuple):
             open block: about -inf where they do not see the slot.
         closed_count: (b, l * c) unmasked tokens behind each closed slot.
         length: tokens seen so far.
+        scheme, block_size: the partition that the closed blocks are seen by.
     """
 
     layers: tuple[LayerState, ...]
@@ -66,6 +68,8 @@ class State(NamedTuple):
     closed_logit: Tensor
     closed_count: Tensor
     length: int
+    scheme: str
+    block_size: int
 
     def detach(self) -> State:
         """Cuts the graph behind the state."""
@@ -96,7 +100,36 @@ class State(NamedTuple):
             change(self.closed_logit),
             change(self.closed_count),
             self.length,
+            self.scheme,
+            self.block_size,
         )
+
+    def check(
+        self, batch: int, depth: int, groups: int, width: int, c: int, scheme: str, shifts: int
+    ) -> None:
+        """Raises ValueError unless a model of this shape has made it, for `batch` sequences."""
+        if len(self.layers) != depth:
+            raise ValueError(f"the state has {len(self.layers)} layers, the model has {depth}")
+        if len(self.open_logit) != batch:
+            raise ValueError(f"the state holds {len(self.open_logit)} sequences, got {batch}")
+        if (self.scheme, self.block_size) != (scheme, c):
+            raise ValueError(
+                f"the state has {self.scheme!r} blocks of {self.block_size}, the model {scheme!r} "
+                f"blocks of {c}"
+            )
+        closed = (batch, groups, (self.length // c).bit_length() * c, width)
+        opened = (batch, groups, self.length % c, width)
+        for layer in self.layers:
+            shapes = tuple(layer.closed_keys.shape), tuple(layer.open_keys.shape)
+            if shapes != (closed, opened):
+                raise ValueError(
+                    f"after {self.length} tokens the model's closed and open keys are {closed} and "
+                    f"{opened}, the state's are {shapes[0]} and {shapes[1]}"
+                )
+            if len(layer.shifted) != shifts:
+                raise ValueError(
+                    f"the state has {len(layer.shifted)} shifted inputs a layer, the model {shifts}"
+                )
 
 
 def empty_layer(batch: int, groups: int, width: int, like: Tensor) -> LayerState:
@@ -116,9 +149,10 @@ def layer_of_tokens(keys: Tensor, values: Tensor, mask: Tensor | None, c: int) -
         if whole
     ]
     nothing = keys[:, :, :0]
+    # Copies: a view would keep the whole prompt alive.
     return LayerState(
-        keys[:, :, whole:],
-        values[:, :, whole:],
+        keys[:, :, whole:].clone(),
+        values[:, :, whole:].clone(),
         torch.cat([nothing, *(x for x, _ in kept)], 2),
         torch.cat([nothing, *(x for _, x in kept)], 2),
     )
@@ -136,7 +170,7 @@ def state_of_layers(layers: tuple[LayerState, ...], mask: Tensor, scheme: str, c
     closed_count = counted.closed_keys[:, 0, :, 0] * scale
     open_logit = torch.zeros_like(mask[:, whole:], dtype=kind).masked_fill(~mask[:, whole:], EMPTY)
     closed_logit = _closed_logit(closed_count, n // c, scheme, c)
-    return State(layers, open_logit, closed_logit, closed_count, n)
+    return State(layers, open_logit, closed_logit, closed_count, n, scheme, c)
 
 
 def _last_block(x: Tensor, level: Level, whole: int, c: int) -> Tensor:
@@ -180,7 +214,8 @@ def close_block(state: State, scheme: str, c: int) -> State:
         layers.append(LayerState(empty, empty, keys, values, layer.shifted))
     count = torch.cat([level.tokens for level in closed if level.tokens is not None], 1)
     logit = _closed_logit(count, number + 1, scheme, c)
-    return State(tuple(layers), state.open_logit[:, :0], logit, count, state.length)
+    opened = state.open_logit[:, :0]
+    return State(tuple(layers), opened, logit, count, state.length, scheme, c)
 
 
 def _carry(closed: list[Level], new: Level, number: int) -> list[Level]:
@@ -217,7 +252,12 @@ def state_logits(state: State, t: int) -> Tensor:
 
 
 def attend_state(
-    q: Tensor, layer: LayerState, logits: Tensor, slot_bias: Tensor | None, scale: float
+    q: Tensor,
+    layer: LayerState,
+    logits: Tensor,
+    slot_bias: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention of the last tokens of the open block.
 
@@ -225,6 +265,7 @@ def attend_state(
         q: (b, h, t, d).
         logits: (b, 1, t, l * c + f), see `state_logits`.
         slot_bias: (h, 1, l * c + f) added to them, or None.
+        dropout: probability of dropping a weight.
 
     Returns:
         (b, h, t, d).
@@ -232,16 +273,19 @@ def attend_state(
     b, heads, t, d = q.shape
     groups = layer.open_keys.shape[1]
     closed = layer.closed_keys.shape[2]
-    # Query heads that share a key/value head are rows of one product.
-    rows = q.reshape(b, groups, heads // groups * t, d)
-    products = torch.cat((rows @ layer.closed_keys.mT, rows @ layer.open_keys.mT), 3)
+    # Query heads that share a key/value head are rows of one product, in the type of the logits:
+    # rounded ones would be further from those of a whole sequence.
+    rows = q.reshape(b, groups, heads // groups * t, d).to(logits.dtype)
+    closed_keys, open_keys = (x.to(logits.dtype) for x in (layer.closed_keys, layer.open_keys))
+    products = torch.cat((rows @ closed_keys.mT, rows @ open_keys.mT), 3)
     slots = products.shape[3]
-    scores = products.view(b, heads, t, slots).to(logits.dtype) * scale + logits
+    scores = products.view(b, heads, t, slots) * scale + logits
     if slot_bias is not None:
         scores = scores + slot_bias
-    weight = scores.softmax(-1).to(q.dtype).view(b, groups, heads // groups * t, slots)
+    weight = F.dropout(scores.softmax(-1), dropout, training=dropout > 0.0)
+    weight = weight.to(layer.open_values.dtype).view(b, groups, heads // groups * t, slots)
     out = weight[..., :closed] @ layer.closed_values + weight[..., closed:] @ layer.open_values
-    return out.view(q.shape)
+    return out.view(q.shape).to(q.dtype)
 
 
 def slot_bias(level_bias: Tensor, closed: int, opened: int, c: int) -> Tensor:
