@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import itertools
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +32,9 @@ EXAMPLES = ROOT / "packages" / "h-transformer-1d" / "examples"
 # The demonstration is a script: its modules import each other from the folder they lie in.
 sys.path.insert(0, str(EXAMPLES))
 
-checkpoints, corpus, demo, progress, report, settings, training = map(
+checkpoints, corpus, demo, processes, progress, report, settings, training = map(
     importlib.import_module,
-    ("checkpoints", "corpus", "demo", "progress", "report", "settings", "training"),
+    ("checkpoints", "corpus", "demo", "processes", "progress", "report", "settings", "training"),
 )
 
 # The demonstration, with a plan (and so a checkpoint) every few steps.
@@ -75,19 +79,38 @@ def run(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call
     return call
 
 
-def start(texts: Path, out: Path, *options: object, **environment: str) -> subprocess.Popen[bytes]:
-    """Starts a run of its own, which saves a checkpoint every few steps."""
-    arguments = ("--corpus", texts, "--out", out, "--size", "tiny", "--length", 1, *options)
-    script = out.with_suffix(".py")
-    script.write_text(EAGER)
-    with out.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
-            # Two threads of several processes at once would mostly wait for each other.
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-            stdout=log,
-            stderr=log,
-        )
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(texts: Path) -> Iterator[Start]:
+    """Starts runs of their own, which save a checkpoint every few steps."""
+    started = []
+
+    def call(
+        out: Path, *options: object, code: str = EAGER, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        arguments = ("--corpus", texts, "--out", out, "--size", "tiny", "--length", 1, *options)
+        script = out.with_suffix(".py")
+        script.write_text(code)
+        with out.with_suffix(".log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(script), *map(str, arguments)],
+                # Two threads of several processes at once would mostly wait for each other.
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                stdout=log,
+                stderr=log,
+                # So that the processes which it starts end with it.
+                start_new_session=True,
+            )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=60)
 
 
 def finish(process: subprocess.Popen[bytes], out: Path) -> None:
@@ -151,12 +174,14 @@ def test_tests_and_foreign_files_are_left_out(
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}")
-    found = corpus.load(None)
-    assert sorted((found.training + found.held_out).split(b"\0")) == [
-        b"",
-        b"# a.py",
-        b"# json/b.py",
-    ]
+    assert whole(corpus.load(None)) == b"\0# a.py\0# json/b.py"
+
+
+def whole(found: Any) -> bytes:
+    """The text of a corpus whose last part is held out."""
+    assert found.held_out_files == 0
+    text: bytes = found.training + found.held_out[1:]
+    return text
 
 
 def test_split_depends_on_each_path_alone(tmp_path: Path) -> None:
@@ -173,14 +198,35 @@ def test_split_depends_on_each_path_alone(tmp_path: Path) -> None:
     assert training == set(paths) - held_out
 
 
+def test_a_name_that_is_no_text() -> None:
+    assert corpus._hash(os.fsdecode(b"\xff")) != corpus._hash("")
+
+
 def test_few_files_or_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).write_text(name * 50)
     found = corpus.load(tmp_path)
-    assert (found.files, found.held_out_files) == (2, 1)
+    assert (found.files, found.held_out_files) == (2, 0)
+    assert found.training == b"\0" + b"one" * 50 + b"\0" + (b"two" * 50)[:-15]
+    assert found.held_out == b"\0" + (b"two" * 50)[-15:]
     found = corpus.load(tmp_path / "one")
     assert found.training == b"\0" + (b"one" * 50)[:-7]
     assert found.held_out == b"\0" + (b"one" * 50)[-7:]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_one_large_file_among_small_ones(held_out: bool, tmp_path: Path) -> None:
+    # Held out by its hash or not, the large one would leave nothing to learn or to measure on.
+    for number in range(60):
+        (tmp_path / f"file{number}").write_text("small")
+    by_hash = (
+        path
+        for path in map("large{}".format, itertools.count())
+        if (corpus._hash(path) % 100 < corpus.HELD_OUT_PERCENT) == held_out
+    )
+    (tmp_path / next(by_hash)).write_text("x" * 100_000)
+    found = corpus.load(tmp_path)
+    assert len(found.held_out) == pytest.approx(0.05 * len(whole(found)), rel=0.01)
 
 
 def test_hidden_and_binary_files_are_no_text(tmp_path: Path) -> None:
@@ -189,9 +235,8 @@ def test_hidden_and_binary_files_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\x89\0")
     (tmp_path / "empty").touch()
     for name in ("one", "two"):
-        (tmp_path / name).write_text(name)
-    found = corpus.load(tmp_path)
-    assert sorted((found.training + found.held_out).split(b"\0")) == [b"", b"one", b"two"]
+        (tmp_path / name).write_text(name * 10)
+    assert whole(corpus.load(tmp_path)) == b"\0" + b"one" * 10 + b"\0" + b"two" * 10
 
 
 def test_held_out_part_of_a_huge_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +301,13 @@ def test_too_small_a_corpus() -> None:
 
 
 TWO_MINUTES = settings.Settings.new(
-    "texts", minutes=2.0, steps=None, seed=0, size="tiny", accelerator="cpu"
+    corpus.Corpus("texts", "/texts", b"learned", b"held out", 2, 1),
+    minutes=2.0,
+    steps=None,
+    seed=0,
+    size="tiny",
+    precision="fp32",
+    accelerator="cpu",
 )
 
 
@@ -293,10 +344,17 @@ def test_a_budget_of_time_is_met(seconds: Callable[[int], float]) -> None:
     assert 1.0 - shares[-1] < 0.02
 
 
-def test_a_step_longer_than_the_budget() -> None:
-    shares, elapsed = walk(replace(TWO_MINUTES, minutes=0.01), lambda _: 5.0)
-    assert len(shares) == 11
-    assert elapsed == 55.0
+@pytest.mark.parametrize(("minutes", "steps"), [(0.01, 1), (0.1, 2)])
+def test_steps_nearly_as_long_as_the_budget(minutes: float, steps: int) -> None:
+    shares, elapsed = walk(replace(TWO_MINUTES, minutes=minutes), lambda _: 5.0)
+    assert len(shares) == steps
+    assert elapsed == 5.0 * steps
+
+
+def test_a_budget_that_one_step_uses_up(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert run("--size", "tiny", "--minutes", 1e-6)[0] == 0
+    assert len(bits(tmp_path)) == 1
+    assert "done before" in run("--resume")[1]
 
 
 @pytest.mark.parametrize("steps", [1, 49, 1000])
@@ -309,14 +367,16 @@ def test_a_budget_of_steps_ignores_the_clock(steps: int) -> None:
 # Killed and resumed
 
 
-def test_killed_at_any_step_it_resumes_with_the_identical_loss(texts: Path, tmp_path: Path) -> None:
+def test_killed_at_any_step_it_resumes_with_the_identical_loss(
+    start: Start, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = start(texts, whole, "--steps", 120)
+    undisturbed = start(whole, "--steps", 120)
     seen = [
-        kill_after(start(texts, killed, *options), killed, step)
+        kill_after(start(killed, *options), killed, step)
         for step, options in ((3, ("--steps", 120)), (60, ("--resume",)))
     ]
-    finish(start(texts, killed, "--resume"), killed)
+    finish(start(killed, "--resume"), killed)
     finish(undisturbed, whole)
     expected = bits(whole)
     assert len(expected) == 120
@@ -327,12 +387,12 @@ def test_killed_at_any_step_it_resumes_with_the_identical_loss(texts: Path, tmp_
         assert torch.equal(weight, expected_weights[name])
 
 
-def test_with_a_budget_of_time_lost_steps_are_repeated(texts: Path, tmp_path: Path) -> None:
+def test_with_a_budget_of_time_lost_steps_are_repeated(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    seen = kill_after(start(texts, out, "--minutes", 0.2), out, 6)
+    seen = kill_after(start(out, "--minutes", 0.2), out, 6)
     saved = checkpoints.read(out / "last.ckpt")["demo"]
     assert saved["step"] <= len(seen)
-    finish(start(texts, out, "--resume"), out)
+    finish(start(out, "--resume"), out)
     assert bits(out)[: len(seen)] == seen
     saved = checkpoints.read(out / "last.ckpt")["demo"]
     assert training.Plan(**saved["plan"]).at(saved["step"]) == 1.0
@@ -412,6 +472,105 @@ def test_a_finished_run_is_measured_again_or_trained_on(
     assert len(bits(tmp_path)) > 20
 
 
+def test_a_new_run_keeps_the_one_before(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert run("--size", "tiny", "--steps", 12)[0] == 0
+    losses, trained = bits(tmp_path), (tmp_path / "last.ckpt").read_bytes()
+    status, output, _ = run("--size", "tiny", "--steps", 3, "--seed", 5)
+    kept = tmp_path / "run-1"
+    assert status == 0
+    assert f"the run that was in {tmp_path} is now in {kept}\n" in output
+    assert (kept / "last.ckpt").read_bytes() == trained
+    assert (kept / "loss.png").exists()
+    assert bits(kept) == losses
+    assert len(bits(tmp_path)) == 3
+
+    # It is gone on from there, or here, where the other run is kept in its turn.
+    assert run("--resume", kept / "last.ckpt", "--steps", 14)[0] == 0
+    assert bits(tmp_path)[:12] == losses
+    assert len(bits(tmp_path)) == 14
+    assert len(bits(tmp_path / "run-2")) == 3
+    assert (kept / "last.ckpt").read_bytes() == trained
+    assert run("--resume", "--steps", 15)[0] == 0
+    assert not (tmp_path / "run-3").exists()
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3, 4])
+def test_killed_while_a_run_is_kept(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("last.ckpt", "previous.ckpt", "loss.csv", "loss.png")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    replace_file, left = Path.replace, iter(range(moves))
+
+    def fail(path: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace_file(path, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Path, "replace", fail)
+        checkpoints.keep(tmp_path)
+    assert moves > 1 or checkpoints.to_resume(tmp_path).exists()
+    checkpoints.keep(tmp_path)
+    for name in names:
+        (found,) = tmp_path.rglob(name)
+        assert found.read_text() == name
+        assert found.parent != tmp_path
+
+
+def test_the_text_is_found_again_and_known_by_its_content(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*options: object) -> tuple[int, str, str]:
+        status = demo.main(["--out", str(tmp_path / "out"), "--length", "1", *map(str, options)])
+        return status, *capsys.readouterr()
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(texts, here)
+    monkeypatch.chdir(tmp_path)
+    assert call("--corpus", "here", "--size", "tiny", "--steps", 4)[0] == 0
+    monkeypatch.chdir("/")
+    assert call("--resume")[0] == 0
+    here.rename(there)
+    assert_one_line(call("--resume"), f"{here} does not exist")
+    # Elsewhere, and from then on there.
+    assert call("--resume", "--corpus", there, "--steps", 6)[0] == 0
+    assert call("--resume")[0] == 0
+    assert call("--resume", "--corpus", texts)[0] == 0
+    changed = there / "file7.py"
+    changed.write_text(changed.read_text().swapcase())
+    assert_one_line(call("--resume"), f"learned {there}, which has changed")
+    assert_one_line(call("--resume", "--corpus", EXAMPLES), f"learned {there}, not {EXAMPLES}")
+
+
+def test_the_results_are_no_part_of_the_corpus(
+    texts: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    shutil.copytree(texts, tmp_path / "texts")
+    where = ("--corpus", tmp_path / "texts", "--out", tmp_path / "texts" / "results")
+    assert run(*where, "--size", "tiny", "--steps", 2)[0] == 0
+    assert run(*where, "--resume", "--steps", 3)[0] == 0
+    where = ("--corpus", tmp_path / "texts", "--out", tmp_path / "texts")
+    assert_one_line(run(*where), "which is the corpus", "--out")
+
+
+def test_the_loss_survives_a_kill_at_the_start(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("--size", "tiny", "--steps", 4)[0] == 0
+    losses = bits(tmp_path)
+    monkeypatch.setattr(Path, "replace", _stop)
+    assert run("--resume", "--steps", 8)[0] == 1
+    assert bits(tmp_path) == losses
+
+
+def test_precision_is_part_of_a_run(run: Callable[..., Any]) -> None:
+    assert "fp32" in run("--size", "tiny", "--steps", 1, "--precision", "fp32")[1]
+    assert run("--resume", "--precision", "fp32")[0] == 0
+    assert_one_line(run("--resume", "--precision", "bf16"), "precision is fp32, not bf16")
+
+
 # The report
 
 
@@ -477,6 +636,79 @@ def test_what_a_person_sees(run: Callable[..., Any], tmp_path: Path) -> None:
         assert word not in output
 
 
+def test_interrupted_while_it_measures(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "bits_per_byte", interrupt)
+    status, output, errors = run("--size", "tiny", "--steps", 1)
+    assert status == 130
+    assert output.endswith("measuring it and the compressors, which may take a minute\n")
+    weights = tmp_path / "last.ckpt"
+    assert errors == f"\ndemo: stopped; the weights are in {weights}, --resume goes on\n"
+    monkeypatch.setattr(corpus, "load", interrupt)
+    assert run("--out", tmp_path / "new")[2] == "\ndemo: stopped\n"
+
+
+def test_interrupted_while_xz_is_busy(start: Start, tmp_path: Path) -> None:
+    busy = (
+        "import corpus, time\ncorpus._xz = lambda _: (print('busy', flush=True), time.sleep(999))\n"
+    )
+    before, last_line = EAGER.split("sys.exit")
+    out, log = tmp_path / "out", tmp_path / "out.log"
+    process = start(out, "--steps", 1, code=f"{before}{busy}sys.exit{last_line}")
+    deadline = time.monotonic() + 120
+    while "busy" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert log.read_text().splitlines()[-1].startswith("demo: stopped; the weights are in ")
+
+
+def test_a_failing_compressor(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: bytes) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(corpus, "_xz", fail)
+    with pytest.raises(MemoryError):
+        corpus.compressors(corpus.load(texts))
+
+
+def test_a_single_file_is_described_as_one(run: Callable[..., Any], tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("some text " * 2000)
+    output = run("--corpus", text, "--size", "tiny", "--steps", 1)[1]
+    assert "          1 file, 0.0 MB to learn from; the last 0.00 MB held out\n" in output
+
+
+def test_a_prompt_that_is_no_text(run: Callable[..., Any]) -> None:
+    prompt = os.fsdecode(b"a\xffb")
+    status, output, _ = run("--size", "tiny", "--steps", 1, "--prompt", prompt)
+    assert status == 0
+    assert "sample    a\N{REPLACEMENT CHARACTER}b" in output
+
+
+def test_a_terminal_that_knows_few_characters(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert run("--size", "tiny", "--steps", 1, "--prompt", "caf\xe9 ")[0] == 0
+    assert b"sample    caf? " in shown.getvalue()
+    assert b"\nweights   " in shown.getvalue()
+
+
+def test_control_characters_are_not_shown() -> None:
+    model = SimpleNamespace(stream=lambda *_, **__: torch.tensor([[27], [7], [9], [10], [65]]))
+    pieces = report.sample(model, b"\x1b[2J\xc2\x9b", 5, 0)
+    unknown = "\N{REPLACEMENT CHARACTER}"
+    assert "".join(pieces) == f"{unknown}[2J{unknown}{unknown}{unknown}\t\nA"
+
+
 # Bad input
 
 
@@ -491,6 +723,11 @@ def test_missing_corpus(run: Callable[..., Any], tmp_path: Path, resume: tuple[s
 def test_corpus_without_text(run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert_one_line(run("--corpus", tmp_path / "empty"), "too little text")
+    wide = "wide".encode("utf-16") * 1000
+    (tmp_path / "empty" / "wide").write_bytes(wide)
+    assert_one_line(run("--corpus", tmp_path / "empty"), "a zero byte are no text: 1")
+    (tmp_path / "one").write_bytes(wide)
+    assert_one_line(run("--corpus", tmp_path / "one"), "a zero byte are no text: 1")
     (tmp_path / "one").write_text("x")
     assert_one_line(run("--corpus", tmp_path / "one"), "too little text")
     (tmp_path / "one").write_text("x" * 1000)
@@ -535,16 +772,54 @@ def test_resuming_as_another_run(run: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [("--minutes", "0"), ("--minutes", "nan"), ("--steps", "-1"), ("--devices", "x"), ("--what",)],
+    ("options", "message"),
+    [
+        ("--minutes=0", "argument --minutes: 0 is not above 0 and at most 525600"),
+        ("--minutes=nan", "argument --minutes: nan is not above 0 and at most 525600"),
+        ("--minutes=1e308", "argument --minutes: 1e308 is not above 0 and at most 525600"),
+        ("--steps=-1", "argument --steps: -1 is not above 0 and at most 1000000000"),
+        ("--seed=-1", "argument --seed: -1 is not from 0 to 4294967295"),
+        ("--seed=4294967296", "argument --seed: 4294967296 is not from 0 to 4294967295"),
+        ("--devices=x", "argument --devices: invalid int value: 'x'"),
+        ("--corpus=", "argument --corpus: an empty path"),
+        ("--out=", "argument --out: an empty path"),
+        ("--what", "unrecognized arguments: --what"),
+    ],
 )
 def test_options_that_make_no_sense(
-    options: tuple[str, ...], run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    options: str, message: str, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run(*options)
+        run(options)
     assert stopped.value.code == 2
-    assert options[0] in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == f"demo: error: {message}"
+
+
+def test_the_largest_seed(run: Callable[..., Any]) -> None:
+    assert run("--size", "tiny", "--steps", 1, "--seed", 2**32 - 1)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, ("needs MASTER_PORT, NODE_RANK in the environment",)),
+        ({"MASTER_PORT": "abc"}, ("needs MASTER_ADDR, NODE_RANK",)),
+        ({"MASTER_PORT": "abc", "NODE_RANK": "0", "MASTER_ADDR": "x"}, ("MASTER_PORT is abc",)),
+        ({"MASTER_PORT": "80", "NODE_RANK": "x", "MASTER_ADDR": "x"}, ("NODE_RANK is x",)),
+        ({"MASTER_PORT": "80", "NODE_RANK": "2", "MASTER_ADDR": "x"}, ("from 0 to 1",)),
+    ],
+)
+def test_machines_that_cannot_meet(
+    variables: dict[str, str],
+    words: tuple[str, ...],
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", *processes.STARTED_BY_OTHERS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert_one_line(run("--num-nodes", 2), *words)
 
 
 def test_rows_that_processes_cannot_share(run: Callable[..., Any]) -> None:
@@ -561,26 +836,89 @@ def test_a_loss_that_is_no_number(run: Callable[..., Any], monkeypatch: pytest.M
 # Several processes
 
 
-def test_two_processes_learn_what_one_learns(texts: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_learns(start: Start, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    runs = [start(texts, one, "--steps", 30), start(texts, two, "--steps", 30, "--devices", 2)]
+    runs = [start(one, "--steps", 30), start(two, "--steps", 30, "--devices", 2)]
     for process, out in zip(runs, (one, two), strict=True):
         finish(process, out)
     assert bits(two) == pytest.approx(bits(one), rel=1e-2)
     assert two.with_suffix(".log").read_text().count("held out  bits per byte") == 1
 
 
-def test_two_machines(texts: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def on_two_machines(
+    start: Start, folders: list[Path], *options: tuple[object, ...]
+) -> list[tuple[int, str]]:
+    """Exit statuses and logs of two machines, each with its own options."""
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        logs = [out.with_suffix(".log") for out in folders]
+        nodes = [
+            start(out, *own, "--num-nodes", 2, NODE_RANK=str(rank), **places)
+            for rank, (out, own) in enumerate(zip(folders, options, strict=True))
+        ]
+        first = nodes[0].wait(timeout=120)
+        # Another process may have taken the port meanwhile; the second machine waits in vain then.
+        if first and "EADDRINUSE" in logs[0].read_text():
+            nodes[1].kill()
+            nodes[1].wait(timeout=60)
+            continue
+        second = nodes[1].wait(timeout=120)
+        return [(first, logs[0].read_text()), (second, logs[1].read_text())]
+    raise AssertionError("no port stays free")
+
+
+def test_two_machines(start: Start, tmp_path: Path) -> None:
     folders = [tmp_path / "node0", tmp_path / "node1"]
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    nodes = [
-        start(texts, out, "--steps", 10, "--num-nodes", 2, NODE_RANK=str(rank), **places)
-        for rank, out in enumerate(folders)
-    ]
-    for process, out in zip(nodes, folders, strict=True):
-        finish(process, out)
+    results = on_two_machines(start, folders, ("--steps", 10), ("--steps", 10))
+    assert [status for status, _ in results] == [0, 0], results
     assert len(bits(tmp_path / "node0")) == 10
-    assert "held out" not in (tmp_path / "node1.log").read_text()
+    assert "held out" not in results[1][1]
+
+
+def test_machines_that_mean_different_runs(start: Start, tmp_path: Path) -> None:
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    precisions = (("--precision", "bf16"), ("--precision", "fp32"))
+    message = "demo: process 1 differs from the first one in precision: fp32, not bf16"
+    for status, log in on_two_machines(start, folders, *precisions):
+        assert status == 1
+        assert log.splitlines()[-1] == message
+        assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_first_process_chooses_the_precision(
+    measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In the second of two processes; the first one found bf16 faster.
+    model = SimpleNamespace(settings=TWO_MINUTES, step=0, elapsed=0.0)
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(broadcast=lambda _: "bf16"))
+
+    def gather(everyone: list[Any], own: dict[str, Any]) -> None:
+        everyone[:] = own | {"precision": "bf16"}, own
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    agreement = processes.Agreement(model, measured=measured)
+    if measured:
+        agreement.on_fit_start(trainer, model)
+        assert model.settings.precision == "bf16"
+    else:
+        with pytest.raises(corpus.DemoError, match="in precision: fp32, not bf16"):
+            agreement.on_fit_start(trainer, model)
+
+
+def test_texts_are_compared_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(everyone: list[Any], own: dict[str, Any]) -> None:
+        assert own["text_sha256"] == TWO_MINUTES.text_sha256
+        assert "/texts" not in own.values()
+        everyone[:] = own, own | {"text_sha256": "another"}
+
+    model = SimpleNamespace(settings=TWO_MINUTES, step=0, elapsed=0.0)
+    trainer = SimpleNamespace(
+        world_size=2, strategy=SimpleNamespace(broadcast=lambda precision: precision)
+    )
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(corpus.DemoError, match=r"process 1 differs .* in text_sha256"):
+        processes.Agreement(model, measured=False).on_fit_start(trainer, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from corpus import DemoError
 from lightning.pytorch import Callback, LightningModule, Trainer
+from progress import LOSSES, PLOT, say
 from settings import Settings
 from training import Training
 from typing_extensions import override
@@ -64,19 +66,45 @@ def _way_out(path: Path) -> str:
     return f"; the one before it is whole: --resume {previous}"
 
 
+def keep(folder: Path) -> Path | None:
+    """Moves what a run has left in `folder` into a folder below it, which it returns."""
+    # The last checkpoint first: stopped midway, either folder holds one to go on from.
+    left = [name for name in (LAST, PREVIOUS, LOSSES, PLOT) if (folder / name).exists()]
+    if not left:
+        return None
+    number = next(number for number in itertools.count(1) if not _run(folder, number).exists())
+    kept = _run(folder, number)
+    kept.mkdir()
+    for name in left:
+        (folder / name).replace(kept / name)
+    return kept
+
+
+def _run(folder: Path, number: int) -> Path:
+    return folder / f"run-{number}"
+
+
 class Checkpoints(Callback):
     """Saves at the start, whenever the plan is made anew, and at the end.
 
     Args:
-        folder: where to.
-        keep_previous: what lies there as `LAST` is damaged, and must not take the place of the
-            checkpoint before it.
+        folder: where to. Another run that lies there is kept in a folder below it.
+        source: the checkpoint that this run goes on from.
     """
 
-    def __init__(self, training: Training, folder: Path, *, keep_previous: bool) -> None:
+    def __init__(self, training: Training, folder: Path, source: Path | None) -> None:
         self._training = training
         self._folder = folder
-        self._keep_previous = keep_previous
+        here = source is not None and source.parent.resolve() == folder.resolve()
+        name = source.name if source is not None and here else None
+        self._same_run = name in (LAST, PREVIOUS)
+        # The last one is damaged, then, and must not take the place of the one before it.
+        self._keep_previous = name == PREVIOUS
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not self._same_run and (kept := keep(self._folder)):
+            say(f"          the run that was in {self._folder} is now in {kept}")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,12 +113,12 @@ class Checkpoints(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         training = self._training
-        if training.done:
-            trainer.should_stop = True
-            self._save(trainer)
-        elif training.step >= training.plan.renewal:
+        if not training.done:
+            if training.step < training.plan.renewal:
+                return
             training.renew_plan()
-            self._save(trainer)
+        trainer.should_stop = training.done
+        self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         """Writes beside the last checkpoint, then takes its place."""

@@ -9,17 +9,22 @@ import bz2
 import gzip
 import hashlib
 import lzma
+import os
 import sysconfig
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor
 
 FILE_START = b"\0"
 HELD_OUT_PERCENT = 5
+# Files are held out where there are so many, and if that makes a share between these.
+HELD_OUT_FILES_FROM = 20
+HELD_OUT_LEAST_PERCENT, HELD_OUT_MOST_PERCENT = 1, 20
 # Of a huge corpus no more than this is held out, so that measuring it takes seconds.
 HELD_OUT_LIMIT = 2**20
 # xz reads the training text as well only where that takes seconds.
@@ -35,49 +40,71 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two texts that share no file.
+    """Two texts that share no file, or are the two parts of one text.
 
     Attributes:
         name: what it is, for the report.
+        path: where it lies, if it is not the standard library.
         training, held_out: the texts.
-        files, held_out_files: how many files they hold together, and how many are held out.
+        files, held_out_files: how many files they hold together, and how many are held out; 0 if
+            it is the last part of the text.
     """
 
     name: str
+    path: str | None
     training: bytes
     held_out: bytes
     files: int
     held_out_files: int
 
+    def sha256(self) -> str:
+        """A name for the two texts that no other two have."""
+        both = (hashlib.sha256(text).digest() for text in (self.training, self.held_out))
+        return hashlib.sha256(b"".join(both)).hexdigest()
 
-def load(path: Path | None) -> Corpus:
+
+def load(path: Path | None, out: Path | None = None) -> Corpus:
     """The corpus at `path`, a folder or a file, or the standard library's source.
 
-    A file is held out if the hash of its path in the folder falls into the held-out share; of a
-    single file the last part is held out.
+    A file is held out if the hash of its path in the folder falls into the held-out share. Of a
+    single file the last part is held out, and so it is of few files or very unequal ones. What a
+    run writes, in `out`, is no part of its corpus.
 
     Raises:
-        DemoError: there is nothing to read.
+        DemoError: there is nothing to read, or `out` is the folder to read.
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
         name = f"source of Python {sysconfig.get_python_version()}'s standard library"
         files = sorted(file for file in root.rglob("*.py") if _is_library(file.relative_to(root)))
-        texts = _read(root, files)
+        texts, _ = _read(root, files)
         if sum(map(len, texts.values())) < STDLIB_LEAST:
             raise DemoError(
                 f"the standard library's source is not in {root} (zipped or stripped?); "
                 "--corpus PATH takes any other text"
             )
-        return _split(name, texts)
+        return _split(name, None, texts)
     if not path.exists():
         raise DemoError(f"no corpus: {path} does not exist")
     if path.is_file():
-        text = _read(path.parent, [path]).get(path.name, b"")
-        cut = len(text) - min(len(text) * HELD_OUT_PERCENT // 100, HELD_OUT_LIMIT)
-        return _corpus(str(path), {path.name: text[:cut]}, {path.name: text[cut:]})
-    files = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
-    return _split(str(path), _read(path, files))
+        root, files = path.parent, [path]
+    else:
+        root, own = path.resolve(), None if out is None else out.resolve()
+        if own == root:
+            raise DemoError(
+                f"the results cannot lie in {out}, which is the corpus; --out says where"
+            )
+        files = sorted(file for file in root.rglob("*") if not _is_hidden(file.relative_to(root)))
+        if own is not None and root in own.parents:
+            files = [file for file in files if own not in file.parents]
+    texts, no_text = _read(root, files)
+    found = _split(str(path), str(path.resolve()), texts)
+    if min(len(found.training), len(found.held_out)) <= len(FILE_START):
+        message = f"no corpus: {path} holds too little text to learn from and to measure on"
+        if no_text:
+            message += f"; files that hold a zero byte are no text: {no_text}"
+        raise DemoError(message)
+    return found
 
 
 def _is_library(file: Path) -> bool:
@@ -88,9 +115,9 @@ def _is_hidden(file: Path) -> bool:
     return any(part.startswith(".") for part in file.parts)
 
 
-def _read(root: Path, files: Iterable[Path]) -> dict[str, bytes]:
-    """The files that are text (no zero byte in them), by their path in `root`."""
-    texts = {}
+def _read(root: Path, files: Iterable[Path]) -> tuple[dict[str, bytes], int]:
+    """The files that are text, by their path in `root`, and how many are not."""
+    texts, no_text = {}, 0
     for file in files:
         if not file.is_file():
             continue
@@ -98,42 +125,39 @@ def _read(root: Path, files: Iterable[Path]) -> dict[str, bytes]:
             text = file.read_bytes()
         except OSError as problem:
             raise DemoError(f"cannot read {file}: {problem.strerror}") from problem
-        if text and FILE_START not in text:
+        if FILE_START in text:
+            no_text += 1
+        elif text:
             texts[file.relative_to(root).as_posix()] = text
-    return texts
+    return texts, no_text
 
 
-def _split(name: str, texts: dict[str, bytes]) -> Corpus:
-    """Holds out files by the hash of their path; at least one, of large corpora only some."""
-    by_hash = sorted(texts, key=_hash)
-    chosen = [path for path in by_hash if _hash(path) % 100 < HELD_OUT_PERCENT] or by_hash[:1]
+def _split(name: str, path: str | None, texts: dict[str, bytes]) -> Corpus:
+    """Holds out files by the hash of their path, or the last part; of large corpora only some."""
     held_out: dict[str, bytes] = {}
-    for path in chosen:
+    for file in sorted(texts, key=_hash):
         room = HELD_OUT_LIMIT - sum(map(len, held_out.values()))
-        held_out[path] = texts[path][:room]
-    training = {path: text for path, text in texts.items() if path not in held_out}
-    return _corpus(name, training, {path: held_out[path] for path in texts if held_out.get(path)})
+        if room > 0 and _hash(file) % 100 < HELD_OUT_PERCENT:
+            held_out[file] = texts[file][:room]
+    size, total = sum(map(len, held_out.values())), sum(map(len, texts.values()))
+    least = min(total * HELD_OUT_LEAST_PERCENT // 100, HELD_OUT_LIMIT)
+    even = least <= size <= total * HELD_OUT_MOST_PERCENT // 100
+    if len(texts) < HELD_OUT_FILES_FROM or not even:
+        text = _join(texts.values())
+        cut = len(text) - min((len(text) - 1) * HELD_OUT_PERCENT // 100, HELD_OUT_LIMIT)
+        return Corpus(name, path, text[:cut], FILE_START + text[cut:], len(texts), 0)
+    training = _join(text for file, text in texts.items() if file not in held_out)
+    measured = _join(held_out[file] for file in texts if file in held_out)
+    return Corpus(name, path, training, measured, len(texts), len(held_out))
 
 
 def _hash(path: str) -> int:
     """A number that is the same on every machine."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big")
 
 
-def _corpus(name: str, training: dict[str, bytes], held_out: dict[str, bytes]) -> Corpus:
-    if not any(training.values()) or not any(held_out.values()):
-        raise DemoError(f"no corpus: {name} holds too little text to learn from and to measure on")
-    return Corpus(
-        name,
-        _join(training),
-        _join(held_out),
-        len(training.keys() | held_out.keys()),
-        len(held_out),
-    )
-
-
-def _join(texts: dict[str, bytes]) -> bytes:
-    return b"".join(FILE_START + text for text in texts.values())
+def _join(texts: Iterable[bytes]) -> bytes:
+    return b"".join(FILE_START + text for text in texts)
 
 
 def as_tensor(text: bytes) -> Tensor:
@@ -202,9 +226,19 @@ def compressors(corpus: Corpus) -> dict[str, float]:
         jobs["xz after the training text"] = lambda: (
             len(_xz(corpus.training + text)) - len(_xz(corpus.training))
         )
-    with ThreadPoolExecutor() as pool:
-        sizes = {name: pool.submit(job) for name, job in jobs.items()}
-        return {name: 8 * size.result() / len(text) for name, size in sizes.items()}
+    sizes: dict[str, Future[int]] = {name: Future() for name in jobs}
+    for name, job in jobs.items():
+        # Whoever interrupts the program does not wait for xz.
+        Thread(target=_fulfil, args=(sizes[name], job), daemon=True).start()
+    return {name: 8 * size.result() / len(text) for name, size in sizes.items()}
+
+
+def _fulfil(size: Future[int], job: Callable[[], int]) -> None:
+    try:
+        size.set_result(job())
+    # Raised where the result is asked for.
+    except BaseException as problem:
+        size.set_exception(problem)
 
 
 def _xz(text: bytes) -> bytes:

@@ -10,44 +10,57 @@
                                                  MASTER_PORT and NODE_RANK in the environment
 
 Files that the model has not seen measure it, in bits per byte, beside gzip, bz2 and xz. The output
-folder receives the checkpoint, the loss of every step and a plot of it. The model is a plain
-`HTransformer1D`; training runs on Lightning.
+folder receives the checkpoint, the loss of every step and a plot of it; what an earlier run left
+there moves to run-1, run-2, ... in it. The model is a plain `HTransformer1D`; training runs on
+Lightning.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import checkpoints
 import corpus
+import processes
 import report
 import torch
 from checkpoints import Checkpoints
 from corpus import Corpus, DemoError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
-from progress import LiveProgress, LossRecord, read_losses
+from processes import Agreement
+from progress import LOSSES, PLOT, LiveProgress, LossRecord, read_losses, say
 from settings import SIZES, Settings
 from training import Training
+
+YEAR = 525_600  # minutes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demonstration; returns the exit status."""
     options = parse(arguments)
     quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A sample may hold any character, and not every terminal knows them all.
+        sys.stdout.reconfigure(errors="replace")
     try:
         run(options)
     except (DemoError, OSError) as problem:
         print(f"demo: {problem}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        last = options.out / checkpoints.LAST
+        way_on = f"; the weights are in {last}, --resume goes on" if last.exists() else ""
+        print(f"\ndemo: stopped{way_on}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -57,15 +70,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--minutes", type=positive(float), help="time to train, without set-up (2)")
-    add("--steps", type=positive(int), help="steps to train, instead of a time")
-    add("--corpus", type=Path, metavar="PATH", help="folder or file to learn instead")
+    add("--minutes", type=number(float, most=YEAR), help="time to train, without set-up (2)")
+    add("--steps", type=number(int), help="steps to train, instead of a time")
+    add("--corpus", type=path, metavar="PATH", help="folder or file to learn instead")
     add(
         "--out",
-        type=Path,
+        type=path,
         default=Path("demo-output"),
         metavar="FOLDER",
-        help="for the results (demo-output)",
+        help="for the results (demo-output); to resume on several machines all\n"
+        "of them must see it, since only the first one writes",
     )
     add(
         "--resume",
@@ -75,43 +89,65 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="go on from the last one, or from this",
     )
     add("--size", choices=tuple(SIZES), help="of the model (large from 5 minutes on)")
-    add("--seed", type=int, help="of the weights, the order of the text and the sample (0)")
-    add("--prompt", default="", help="what the sample begins with")
-    add("--length", type=positive(int), default=800, help="longest sample, in bytes (800)")
-    add("--devices", type=positive(int), default=1, help="processes on this machine (1)")
-    add("--num-nodes", type=positive(int), default=1, help="machines (1)")
+    add(
+        "--seed",
+        type=number(int, least=0, most=2**32 - 1),
+        help="of the weights, the order of the text and the sample (0)",
+    )
+    add("--precision", choices=("bf16", "fp32"), help="of the arithmetic (the faster one here)")
+    # The bytes that were typed, whether or not they are text.
+    add("--prompt", type=os.fsencode, default=b"", help="what the sample begins with")
+    add("--length", type=number(int), default=800, help="longest sample, in bytes (800)")
+    add("--devices", type=number(int), default=1, help="processes on this machine (1)")
+    add("--num-nodes", type=number(int), default=1, help="machines (1)")
     add("--accelerator", default="cpu", help="in Lightning's words: cpu (default), gpu, ...")
     return parser.parse_args(arguments)
 
 
-def positive(kind: type[int] | type[float]) -> Any:
+def number(
+    kind: type[int] | type[float], *, least: int | None = None, most: int = 10**9
+) -> Callable[[str], float]:
+    """Reads a number from `least` to `most`, a positive one without `least`."""
+
     def convert(text: str) -> float:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
+        if not ((value > 0 if least is None else value >= least) and value <= most):
+            raise argparse.ArgumentTypeError(f"{text} is not {meant}")
         return value
 
-    convert.__name__ = f"positive {kind.__name__}"
+    meant = f"from {least} to {most}" if least is not None else f"above 0 and at most {most}"
+    convert.__name__ = kind.__name__
     return convert
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
 
 
 def run(options: argparse.Namespace) -> None:
     """Trains, measures and shows. Raises DemoError for what the user can mend."""
+    processes.check_environment(options.num_nodes)
     check_writable(options.out)
-    source, saved = None, None
+    source, saved, before, where = None, None, None, options.corpus
     if options.resume is not None:
         source = Path(options.resume) if options.resume else checkpoints.to_resume(options.out)
         saved = checkpoints.read(source)
-    text = corpus.load(options.corpus)
-    wanted = {name: getattr(options, name) for name in ("minutes", "steps", "seed", "size")}
-    if saved is None:
-        settings = Settings.new(text.name, **wanted, accelerator=options.accelerator)
+        before = Settings(**saved["demo"]["settings"])
+        if where is None and before.corpus_path is not None:
+            where = Path(before.corpus_path)
+    text = corpus.load(where, options.out)
+    names = ("minutes", "steps", "seed", "size", "precision")
+    wanted = {name: getattr(options, name) for name in names}
+    if before is None:
+        settings = Settings.new(text, **wanted, accelerator=options.accelerator)
     else:
-        settings = Settings(**saved["demo"]["settings"]).resumed(text.name, **wanted)
-    processes = options.devices * options.num_nodes
-    if settings.rows % processes:
+        settings = before.resumed(text, **wanted)
+    count = options.devices * options.num_nodes
+    if settings.rows % count:
         raise DemoError(
-            f"{settings.rows} windows a step cannot be shared evenly by {processes} processes"
+            f"{settings.rows} windows a step cannot be shared evenly by {count} processes"
         )
     torch.manual_seed(settings.seed)
     windows = corpus.Windows(text.training, settings.context, settings.rows, settings.seed)
@@ -140,8 +176,8 @@ def check_writable(folder: Path) -> None:
 
 
 def make_trainer(options: argparse.Namespace, training: Training, source: Path | None) -> Trainer:
-    # After a damaged checkpoint the one before it stays until there is a new one.
-    keep_previous = source is not None and source.name == checkpoints.PREVIOUS
+    losses = [] if source is None else read_losses(source.parent / LOSSES)
+    measured = source is None and options.precision is None
     one = options.devices == options.num_nodes == 1
     try:
         return Trainer(
@@ -154,8 +190,9 @@ def make_trainer(options: argparse.Namespace, training: Training, source: Path |
             enable_checkpointing=False,
             enable_model_summary=False,
             callbacks=[
-                LossRecord(training, options.out / "loss.csv"),
-                Checkpoints(training, options.out, keep_previous=keep_previous),
+                Agreement(training, measured=measured),
+                LossRecord(training, options.out, losses),
+                Checkpoints(training, options.out, source),
                 LiveProgress(training),
             ],
         )
@@ -170,19 +207,24 @@ def describe(text: Corpus, training: Training, options: argparse.Namespace) -> N
     budget = (
         f"{settings.minutes:g} minutes" if settings.steps is None else f"{settings.steps} steps"
     )
-    processes = options.devices * options.num_nodes
+    count = options.devices * options.num_nodes
+    files = "1 file" if text.files == 1 else f"{text.files} files"
+    held_out = f"{text.held_out_files} of them, {megabytes[1]:.2f} MB, held out"
+    if not text.held_out_files:
+        held_out = f"the last {megabytes[1]:.2f} MB held out"
     say(f"corpus    {text.name}")
-    say(f"          {text.files} files, {megabytes[0]:.1f} MB to learn from;", end=" ")
-    say(f"{text.held_out_files} of them, {megabytes[1]:.2f} MB, held out")
+    say(f"          {files}, {megabytes[0]:.1f} MB to learn from;", end=" ")
+    say(held_out)
     say(f"model     HTransformer1D: {parameters / 1e6:.2f} million parameters, dim {settings.dim},")
     say(f"          depth {settings.depth}, block size {settings.block_size}")
     say(f"training  {budget}, {settings.rows} windows of {settings.context} bytes a step,", end=" ")
-    say(settings.precision + (f", {processes} processes" if processes > 1 else ""))
+    say(settings.precision + (f", {count} processes" if count > 1 else ""))
 
 
 def show(text: Corpus, training: Training, options: argparse.Namespace) -> None:
     training.eval()
     context = training.settings.context
+    say("          measuring it and the compressors, which may take a minute")
     bits = report.bits_per_byte(training, text.held_out, context)
     others = corpus.compressors(text)
     say("\nheld out  bits per byte")
@@ -190,21 +232,15 @@ def show(text: Corpus, training: Training, options: argparse.Namespace) -> None:
         say(f"          {value:.3f}  {name}")
     say(f"          every byte counts, predicted from {context // 2} to {context} bytes before it")
 
-    path = options.out / "loss.png"
-    report.plot(read_losses(options.out / "loss.csv"), bits, others, path)
-    say(f"\nsample    {options.prompt}", end="")
+    plot = options.out / PLOT
+    report.plot(read_losses(options.out / LOSSES), bits, others, plot)
+    say("\nsample    ", end="")
     for piece in report.sample(
         training.model, options.prompt, options.length, training.settings.seed
     ):
         say(piece, end="")
-    say(f"\n\nplot      {path}")
+    say(f"\n\nplot      {plot}")
     say(f"weights   {options.out / checkpoints.LAST}")
-
-
-@rank_zero_only
-def say(text: str, end: str = "\n") -> None:
-    """Prints, in the first process only."""
-    print(text, end=end, flush=True)
 
 
 def quiet_libraries() -> None:

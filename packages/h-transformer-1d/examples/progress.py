@@ -9,13 +9,22 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from training import Training
 from typing_extensions import override
 
+LOSSES = "loss.csv"
+PLOT = "loss.png"
 # The loss of one step is noisy: the bar shows a running mean over about so many steps.
 SMOOTHING = 20
+
+
+@rank_zero_only
+def say(text: str, end: str = "\n") -> None:
+    """Prints, in the first process only."""
+    print(text, end=end, flush=True)
 
 
 class LiveProgress(ProgressBar):
@@ -86,32 +95,44 @@ class LiveProgress(ProgressBar):
 
 
 class LossRecord(Callback):
-    """loss.csv: a row for every step, in full precision.
+    """A row for every step, in full precision.
 
     A resumed run drops the rows after its checkpoint and writes them again.
+
+    Args:
+        folder: where to.
+        before: the rows of the run that is resumed.
     """
 
     FIELDS = ("step", "seconds", "bits_per_byte")
 
-    def __init__(self, training: Training, path: Path) -> None:
+    def __init__(
+        self, training: Training, folder: Path, before: list[tuple[int, float, float]]
+    ) -> None:
         self._training = training
-        self._path = path
+        self._path = folder / LOSSES
+        self._before = before
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        kept = [row for row in read_losses(self._path) if row[0] <= self._training.step]
         if trainer.is_global_zero:
-            self._write("w", self.FIELDS, *kept)
+            kept = [row for row in self._before if row[0] <= self._training.step]
+            # Beside the file, then in its place: a kill loses no row.
+            new = self._path.with_suffix(".new.csv")
+            self._write(new, "w", self.FIELDS, *kept)
+            new.replace(self._path)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.is_global_zero:
             training = self._training
-            self._write("a", (training.step, f"{training.elapsed:.2f}", training.bits))
+            row = (training.step, f"{training.elapsed:.2f}", training.bits)
+            self._write(self._path, "a", row)
 
-    def _write(self, mode: str, *rows: tuple[object, ...]) -> None:
+    @staticmethod
+    def _write(path: Path, mode: str, *rows: tuple[object, ...]) -> None:
         # Opened for every step, so that a kill loses no row.
-        with self._path.open(mode, newline="", encoding="utf-8") as file:
+        with path.open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
 
 

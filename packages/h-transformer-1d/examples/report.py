@@ -16,6 +16,12 @@ from torch import Tensor
 from h_transformer_1d import HTransformer1D
 
 EVALUATION_ROWS = 16
+# A terminal obeys these characters; none of them is shown but the tab and the end of a line.
+CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\t\n"
+}
 
 
 @torch.no_grad()
@@ -50,11 +56,16 @@ def bits_per_byte(predict: Callable[[Tensor], Tensor], text: bytes, context: int
     return bits / len(tokens)
 
 
-def sample(model: HTransformer1D, prompt: str, length: int, seed: int) -> Iterator[str]:
-    """Text that goes on from `prompt`, as it is decoded, up to the end of a file."""
-    tokens = as_tensor(FILE_START + prompt.encode()).long()[None]
+def sample(model: HTransformer1D, prompt: bytes, length: int, seed: int) -> Iterator[str]:
+    """`prompt` and text that goes on from it, as it is decoded, up to the end of a file."""
+    tokens = as_tensor(FILE_START + prompt).long()[None]
     generator = torch.Generator().manual_seed(seed)
-    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def decode(piece: bytes, final: bool = False) -> str:
+        return decoder.decode(piece, final).translate(CONTROLS)
+
+    yield decode(prompt)
     stream = model.stream(
         tokens, length, temperature=0.7, eos_token=FILE_START[0], generator=generator
     )
@@ -79,7 +90,9 @@ def plot(
     minutes = [seconds / 60 for _, seconds, _ in losses]
     axes.plot(minutes, [bits for _, _, bits in losses], color="tab:blue", alpha=0.3, lw=0.8)
     axes.plot(minutes, _smooth([bits for _, _, bits in losses]), color="tab:blue", label="training")
-    axes.plot(minutes[-1:], [held_out], "o", color="tab:blue", label=f"held out {held_out:.2f}")
+    axes.plot(
+        minutes[-1:] or [0.0], [held_out], "o", color="tab:blue", label=f"held out {held_out:.2f}"
+    )
     styles = itertools.cycle(("--", "-.", ":", (0, (1, 4))))
     for (name, bits), style in zip(others.items(), styles, strict=False):
         axes.axhline(bits, color="0.4", lw=1, ls=style, label=f"{name} {bits:.2f}")
@@ -87,7 +100,10 @@ def plot(
     lowest = min([held_out, *others.values(), *(bits for _, _, bits in losses)])
     axes.set_ylim(max(0.0, lowest - 0.2), 4.0)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    # Beside the file, then in its place, so that it is whole or absent.
+    new = path.with_suffix(".new.png")
+    figure.savefig(new, dpi=150)
+    new.replace(path)
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from corpus import DemoError
+from corpus import Corpus, DemoError
 
 from h_transformer_1d import HTransformer1D
 
@@ -25,7 +25,8 @@ class Settings:
     """What a run is; a resumed run takes it from the checkpoint.
 
     Attributes:
-        corpus: its name, which a resumed run must meet again.
+        corpus, corpus_path: its name, and where it lies if it is not the standard library.
+        text_sha256: of its text, which a resumed run must meet again.
         minutes, steps: the budget; `steps` counts where both are given.
         precision: "bf16" or "fp32".
         dim, depth, dim_head, block_size: of the model, which has one head.
@@ -35,6 +36,8 @@ class Settings:
     """
 
     corpus: str
+    corpus_path: str | None
+    text_sha256: str
     minutes: float
     steps: int | None
     seed: int
@@ -50,12 +53,13 @@ class Settings:
 
     @staticmethod
     def new(
-        corpus: str,
+        text: Corpus,
         *,
         minutes: float | None,
         steps: int | None,
         seed: int | None,
         size: str | None,
+        precision: str | None,
         accelerator: str,
     ) -> Settings:
         """Settings for a new run, with defaults where there is None."""
@@ -63,11 +67,13 @@ class Settings:
         if size is None:
             size = "large" if minutes >= LARGE_FROM_MINUTES else "small"
         return Settings(
-            corpus=corpus,
+            corpus=text.name,
+            corpus_path=text.path,
+            text_sha256=text.sha256(),
             minutes=minutes,
             steps=steps,
             seed=0 if seed is None else seed,
-            precision=faster_precision(accelerator),
+            precision=precision or faster_precision(accelerator),
             muon_rate=0.04,
             adam_rate=6e-3,
             **SIZES[size],
@@ -75,14 +81,15 @@ class Settings:
 
     def resumed(
         self,
-        corpus: str,
+        text: Corpus,
         *,
         minutes: float | None,
         steps: int | None,
         seed: int | None,
         size: str | None,
+        precision: str | None,
     ) -> Settings:
-        """The same run, with another budget where one is given.
+        """The same run, with another budget where one is given, and the text where it lies now.
 
         Raises:
             DemoError: something else would be another run.
@@ -91,13 +98,19 @@ class Settings:
             raise DemoError(f"the checkpoint's model is not {size}")
         if seed not in (None, self.seed):
             raise DemoError(f"the checkpoint's seed is {self.seed}, not {seed}")
-        if corpus != self.corpus:
-            raise DemoError(f"the checkpoint learned {self.corpus}, not {corpus}")
+        if precision not in (None, self.precision):
+            raise DemoError(f"the checkpoint's precision is {self.precision}, not {precision}")
+        if text.sha256() != self.text_sha256:
+            raise DemoError(
+                f"the checkpoint learned {self.corpus}, "
+                + ("which has changed" if text.name == self.corpus else f"not {text.name}")
+            )
+        same = replace(self, corpus=text.name, corpus_path=text.path)
         if steps is not None:
-            return replace(self, steps=steps)
+            return replace(same, steps=steps)
         if minutes is not None:
-            return replace(self, steps=None, minutes=minutes)
-        return self
+            return replace(same, steps=None, minutes=minutes)
+        return same
 
     def model(self) -> HTransformer1D:
         return HTransformer1D(

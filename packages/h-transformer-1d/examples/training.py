@@ -24,7 +24,7 @@ from torch import Tensor, nn
 WARM_UP_STEPS = 20
 # A plan is made anew, and saved, after so many steps at first, and then after this part of the
 # budget, or this many seconds if that is less.
-FIRST_PLAN_STEPS = 10
+FIRST_PLAN_STEPS = 1
 PLAN_SHARE = 0.05
 PLAN_SECONDS = 15.0
 
@@ -61,6 +61,8 @@ class Plan:
             pause = max(1, round(PLAN_SECONDS / seconds_per_step))
             # Pace and progress stay what they are, to the bit.
             return replace(self, renewal=step + pause)
+        if elapsed >= budget:
+            return Plan(step, 1.0, 0.0, step)
         progress = self.at(step)
         left = max(1, round((budget - elapsed) / seconds_per_step))
         pause = round(min(PLAN_SECONDS, PLAN_SHARE * budget) / seconds_per_step)
@@ -106,7 +108,7 @@ class Training(LightningModule):
         """Seconds of training, those before a resumption included."""
         if self._started is None:
             return self._elapsed_before
-        return self._elapsed_before + time.monotonic() - self._started
+        return self._elapsed_before + time.perf_counter() - self._started
 
     def train_dataloader(self) -> Iterator[int]:
         """Endless; a step fetches its windows by its own number."""
@@ -129,7 +131,7 @@ class Training(LightningModule):
         ]
 
     def on_train_start(self) -> None:
-        self._started = time.monotonic()
+        self._started = time.perf_counter()
         self._plan_started = (self.step, self.elapsed)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -185,7 +187,8 @@ class Training(LightningModule):
         saved = checkpoint["demo"]
         self.step, self._elapsed_before = saved["step"], saved["elapsed"]
         self.plan = Plan(**saved["plan"])
-        if asdict(self.settings) != saved["settings"]:
+        budget = self.settings.minutes, self.settings.steps
+        if budget != (saved["settings"]["minutes"], saved["settings"]["steps"]):
             self.plan = Plan.extended(self.step, self._elapsed_before, self.settings)
 
     @property
