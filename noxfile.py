@@ -6,10 +6,13 @@ machine that is prepared already, `nox --no-venv --no-install` uses what is inst
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import nox
@@ -22,6 +25,7 @@ import distributions  # noqa: E402
 import pip_settings  # noqa: E402
 
 CONSTRAINTS = TOOLS / "constraints.txt"
+WHEELS = ROOT / ".nox" / "wheels"
 DISTRIBUTIONS = {found.name: found for found in distributions.discover(ROOT)}
 PACKAGES = [name for name in DISTRIBUTIONS if name != distributions.CORE]
 DEMO_REQUIREMENTS = "packages/*/examples/requirements.txt"
@@ -52,7 +56,7 @@ def lint(session: nox.Session) -> None:
     "package, device", [nox.param(name, device, tags=[device]) for name, device in SUITES]
 )
 def tests(session: nox.Session, package: str, device: str) -> None:
-    """Test an installed wheel, away from its source (options after -- go to pytest)."""
+    """Test an installed wheel, away from its source (what follows -- goes to pytest)."""
     if package == "tools":
         suite = TOOLS / "tests"
         install(session, *everything(session), *group("tools"))
@@ -64,11 +68,23 @@ def tests(session: nox.Session, package: str, device: str) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):
         session.run(
             *(python(session), *safe_path(session), "-m", "pytest"),
-            *(*options, str(suite), *session.posargs),
+            *(*options, *selected(session, suite)),
             # Where it is set, every one of the many child processes would compile torch anew.
             env={"PYTHONDONTWRITEBYTECODE": ""},
             log=False,
         )
+
+
+def selected(session: nox.Session, suite: Path) -> list[str]:
+    """Pytest's arguments: those of the command, and the suite unless they name files."""
+    arguments, named = [], False
+    for argument in session.posargs:
+        file, colons, test = argument.partition("::")
+        # A file is meant from where the command was typed.
+        path = Path(session.invoked_from, file)
+        named = named or path.is_file()
+        arguments.append(f"{path}{colons}{test}" if path.is_file() else argument)
+    return arguments if named else [*arguments, str(suite)]
 
 
 @nox.session(tags=["static"])
@@ -77,9 +93,10 @@ def typing(session: nox.Session) -> None:
     install(session, *everything(session), *group("typing"))
     sources = [str(found.source) for found in DISTRIBUTIONS.values()]
     session.run("mypy", *sources, "noxfile.py", *map(str, TOOLS.glob("*.py")), log=False)
-    for examples in ROOT.glob("packages/*/examples"):
-        # Apart, since every package has a demo.py.
-        session.run("mypy", str(examples), log=False)
+    for kind in ("examples", "benchmarks"):
+        for folder in ROOT.glob(f"packages/*/{kind}"):
+            # Apart, since every package has a demo.py and a bench_cases.py.
+            session.run("mypy", str(folder), env={"MYPYPATH": str(TOOLS)}, log=False)
     for found in DISTRIBUTIONS.values():
         verify = ("pyright", "--ignoreexternal", "--verifytypes", found.import_name)
         # Long, and shown only where it fails.
@@ -95,7 +112,8 @@ def dist(session: nox.Session) -> None:
     session.run(python(session), str(TOOLS / "check_core.py"), log=False)
 
 
-@nox.session
+# With its environment kept, a package's name that is wrong costs nothing.
+@nox.session(reuse_venv=True)
 def demo(session: nox.Session) -> None:
     """Run a package's demonstration: nox -s demo -- [package] [options]."""
     package, options = "h-transformer-1d", list(session.posargs)
@@ -141,18 +159,25 @@ def pin(session: nox.Session) -> None:
 
 def against_reference(session: nox.Session, package: str, script: str) -> None:
     """Run tools/<script> with our wheel; it calls the reference, which has an environment too."""
-    own_torch = "cuda" not in session.posargs
+    own_torch = device(session.posargs) != "cuda"
     install(session, *wheels(session, package), *group("compare"), own_torch=own_torch)
     command = [python(session), str(TOOLS / script), package]
     if session.virtualenv.is_sandboxed:
         theirs = Path(session.virtualenv.location, "reference")
-        uv(session, "venv", str(theirs))
+        uv(session, "venv", "--clear", str(theirs))
         needed = ["-r", str(DISTRIBUTIONS[package].folder / "benchmarks" / "reference.txt")]
         interpreter = str(theirs / "bin" / "python")
         install(session, *needed, *group("compare"), into=interpreter, own_torch=own_torch)
         command += ["--reference-python", interpreter]
     with session.chdir(session.invoked_from):
         session.run(*command, *session.posargs, log=False)
+
+
+def device(options: list[str]) -> str:
+    """What --device says among the options of bench.py or parity.py."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", default="cpu")
+    return str(parser.parse_known_args(options)[0].device)
 
 
 def install(
@@ -171,7 +196,9 @@ def install(
             excluded = Path(folder, "excluded.txt")
             excluded.write_text("torch\n", encoding="utf-8")
             options += ["--excludes", str(excluded)]
-        session.install(*options, *requirements, env=package_sources(), log=False)
+        elif any(" @ " in requirement for requirement in requirements):
+            session.log("Installing; the first time torch is downloaded, up to some GB")
+        session.install(*options, *requirements, env=package_sources(session), log=False)
     if not own_torch and session.virtualenv.is_sandboxed:
         show_machine(session, into)
 
@@ -210,16 +237,33 @@ def everything(session: nox.Session) -> list[str]:
 def wheel(session: nox.Session, distribution: distributions.Distribution) -> Path:
     """The wheel of a distribution, from the cache unless a file of it changed."""
     key = distributions.content_key(distribution, CONSTRAINTS)
-    folder = ROOT / ".nox" / "wheels" / f"{distribution.name}-{key}"
+    folder = WHEELS / f"{distribution.name}-{key}"
     if not folder.is_dir():
+        WHEELS.mkdir(parents=True, exist_ok=True)
+        remove_unused(WHEELS)
         # Built beside its place and moved there whole.
-        with tempfile.TemporaryDirectory(dir=ROOT / ".nox") as beside:
+        with tempfile.TemporaryDirectory(dir=WHEELS) as beside:
             out = Path(beside, "out")
             source = str(distribution.folder)
             uv(session, "build", "--wheel", "-b", str(CONSTRAINTS), "-o", str(out), source)
-            folder.parent.mkdir(exist_ok=True)
-            out.rename(folder)
+            if not out.is_dir():
+                session.error(f"{distribution.name} has changed and is not built: run without -R")
+            try:
+                out.rename(folder)
+            except OSError:
+                # Another run was first, with the same wheel.
+                if not folder.is_dir():
+                    raise
+    os.utime(folder)
     return next(folder.glob("*.whl"))
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove what lies in a folder and was not used for a day."""
+    for path in folder.iterdir():
+        # What is no folder any more was removed by another run.
+        if path.is_dir() and time.time() - path.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def group(name: str) -> list[str]:
@@ -228,7 +272,7 @@ def group(name: str) -> list[str]:
 
 
 def uv(session: nox.Session, *arguments: str) -> None:
-    session.run_install("uv", *arguments, env=package_sources(), silent=True, log=False)
+    session.run_install("uv", *arguments, env=package_sources(session), silent=True, log=False)
 
 
 def python(session: nox.Session) -> str:
@@ -242,7 +286,12 @@ def safe_path(session: nox.Session) -> list[str]:
     return [] if version == "3.10" else ["-P"]
 
 
-@functools.cache
-def package_sources() -> dict[str, str]:
+def package_sources(session: nox.Session) -> dict[str, str]:
     """What uv has to be told of pip's settings."""
-    return pip_settings.uv_variables(pip_settings.read(), os.environ)
+    try:
+        return pip_settings.uv_variables(read_pip_settings(), os.environ)
+    except ValueError as error:
+        session.error(str(error))
+
+
+read_pip_settings = functools.cache(pip_settings.read)

@@ -27,12 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench_case import Case, Subject
 from bench_report import report
 from bench_worker import load_cases
+from files import write_whole
 from reference import ROOT, Package
 from workers import Worker, WorkerError
 
@@ -95,50 +97,39 @@ class Sides:
             yield get
 
 
-def describe(package: Package, sides: Sides) -> dict[str, Any]:
-    """What both environments hold. Raises ValueError for another reference than the pinned one."""
-    about: dict[str, Any] = {}
-    with sides.opened() as worker:
-        about["ours"] = worker("ours").call(
-            "describe", limit=300, distribution=package.name, import_name=package.import_name
-        )
-        if "reference" in sides:
-            found = worker("reference").call(
-                "describe", limit=300, distribution=package.reference, import_name=None
-            )
-            package.check_reference(found["version"])
-            about["reference"] = {**found, "name": package.reference}
-    return about
-
-
 def measure(case: Case, sides: Sides, device: str, effort: Effort, say: Say) -> dict[str, Any]:
     """The samples of a case: by mode, subject, and for "crossover" by size."""
     subjects = [subject for subject in case.subjects if subject.environment in sides]
     if case.measure == "memory":
         return {"memory": _peaks(case, subjects, sides, effort, say)}
+    if case.measure == "value":
+        return {"value": _values(case, subjects, sides, effort, say)}
+    if case.measure == "time":
+        return _times(case, subjects, None, sides, device, effort, say)
+    by_size = {
+        size: _times(case, subjects, size, sides, device, effort, say) for size in case.sizes
+    }
+    return {
+        mode: {
+            subject.name: {str(size): by_size[size][mode][subject.name] for size in case.sizes}
+            for subject in subjects
+        }
+        for mode in by_size[case.sizes[0]]
+    }
+
+
+def _values(
+    case: Case, subjects: list[Subject], sides: Sides, effort: Effort, say: Say
+) -> dict[str, list[float]]:
+    values = {}
     with sides.opened() as worker:
-        if case.measure == "value":
-            values = {}
-            for subject in subjects:
-                say(subject.name)
-                values[subject.name] = [
-                    worker(subject.environment).call(
-                        "value", limit=effort.limit, title=case.title, name=subject.name
-                    )
-                ]
-            return {"value": values}
-        if case.measure == "time":
-            return _times(case, subjects, None, worker, device, effort, say)
-        by_size = {
-            size: _times(case, subjects, size, worker, device, effort, say) for size in case.sizes
-        }
-        return {
-            mode: {
-                subject.name: {str(size): by_size[size][mode][subject.name] for size in case.sizes}
-                for subject in subjects
-            }
-            for mode in by_size[case.sizes[0]]
-        }
+        for subject in subjects:
+            say(subject.name)
+            value = worker(subject.environment).call(
+                "value", limit=effort.limit, title=case.title, name=subject.name
+            )
+            values[subject.name] = [value]
+    return values
 
 
 def _peaks(
@@ -158,29 +149,29 @@ def _times(
     case: Case,
     subjects: list[Subject],
     size: int | None,
-    worker: Open,
+    sides: Sides,
     device: str,
     effort: Effort,
     say: Say,
 ) -> dict[str, dict[str, list[float]]]:
-    for environment in {subject.environment for subject in subjects}:
-        worker(environment).call("drop", limit=effort.limit)
-    for subject in subjects:
-        say(f"{subject.name}, first run")
-        worker(subject.environment).call(
-            "prepare",
-            limit=effort.limit,
-            title=case.title,
-            name=subject.name,
-            size=size,
-            threads=1,
-        )
-    # CPU time of one thread comes first: threads that exist already would be counted with it.
+    # CPU time of one thread comes first, in processes that are new for every size: threads that
+    # exist already would be counted with it.
     modes = {"device": 1} if device == "cuda" else {"cpu": 1, "wall": 0}
-    return {
-        mode: _rounds(subjects, mode, threads, worker, effort, say)
-        for mode, threads in modes.items()
-    }
+    with sides.opened() as worker:
+        for subject in subjects:
+            say(f"{subject.name}, first run")
+            worker(subject.environment).call(
+                "prepare",
+                limit=effort.limit,
+                title=case.title,
+                name=subject.name,
+                size=size,
+                threads=1,
+            )
+        return {
+            mode: _rounds(subjects, mode, threads, worker, effort, say)
+            for mode, threads in modes.items()
+        }
 
 
 def _rounds(
@@ -225,28 +216,18 @@ class Cache:
             return True
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self._path} is damaged ({error}); remove it") from None
-        if found["fingerprint"] != self._fingerprint:
+            fingerprint, records = found["fingerprint"], dict(found["records"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._path} is damaged ({error!r}); remove it") from None
+        if fingerprint != self._fingerprint:
             return False
-        self.records = found["records"]
+        self.records = records
         return True
 
     def add(self, title: str, record: dict[str, Any]) -> None:
         self.records[title] = record
         content = {"fingerprint": self._fingerprint, "records": self.records}
         write_whole(self._path, json.dumps(content, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside the file and moves there, so that there is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def fingerprint(package: Package, about: dict[str, Any], device: str, quick: bool) -> str:
@@ -261,13 +242,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(stderr=True)
     try:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device")
         package = Package.find(options.root, options.dist, "bench_cases.py")
         cases = load_cases(package.cases, options.device)
         chosen = [case for case in cases if options.only.lower() in case.title.lower()]
         if not chosen:
             raise ValueError(f"no case of {package.name} has {options.only!r} in its title")
         sides = Sides(package, options.device, options.reference_python)
-        about = describe(package, sides)
+        with sides.opened() as worker:
+            theirs = worker("reference") if "reference" in sides else None
+            about = package.describe(worker("ours"), theirs)
         name = f"{package.name}-{options.device}{'-quick' if options.quick else ''}.json"
         cache = Cache(
             options.cache / name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from statistics import median, quantiles
 from typing import Any
@@ -60,11 +61,11 @@ def report(
 class _Row:
     """A target of a case, and what was reached."""
 
-    def __init__(self, case: Case, target: Target | None, figures: Figures) -> None:
+    def __init__(self, case: Case, target: Target | None, samples: Mapping[str, Any]) -> None:
         self.case = case
         self.target = target
-        self.figures = figures
-        self.value = None if target is None else _value(target, figures)
+        self.cells = _cells(case, samples)
+        self.value = None if target is None else _value(target, figures(case, samples))
         self.reached = None
         if target is not None and self.value is not None:
             if target.at_least is not None:
@@ -106,16 +107,13 @@ class _Row:
 
 
 def _target_rows(case: Case, record: Mapping[str, Any] | None) -> list[_Row]:
-    figures = _carrying_figures(case, record)
-    return [_Row(case, target, figures) for target in case.targets or (None,)]
+    samples = _carrying_samples(record)
+    return [_Row(case, target, samples) for target in case.targets or (None,)]
 
 
-def _carrying_figures(case: Case, record: Mapping[str, Any] | None) -> Figures:
-    samples = {} if record is None else record.get("samples", {})
-    for mode in _CARRYING:
-        if mode in samples:
-            return figures(case, samples[mode])
-    return {}
+def _carrying_samples(record: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    samples: Mapping[str, Any] = {} if record is None else record.get("samples", {})
+    return next((samples[mode] for mode in _CARRYING if mode in samples), {})
 
 
 def figures(case: Case, samples: Mapping[str, Any]) -> Figures:
@@ -137,7 +135,11 @@ def _value(target: Target, figures: Figures) -> float | None:
     if target.subject not in figures or (target.per is not None and target.per not in figures):
         return None
     value = figures[target.subject]
-    return value if target.per is None else value / figures[target.per]
+    if target.per is None:
+        return value
+    if per := figures[target.per]:
+        return value / per
+    return math.inf if value else None
 
 
 def _machine(about: Mapping[str, Any]) -> str:
@@ -164,25 +166,11 @@ def _method(records: Mapping[str, Any], device: str) -> str:
     ]
     text = (
         "Ours and the reference run in a process each, in turn; a figure is the median of its "
-        "rounds, a quotient that of two medians. "
+        "rounds, a quotient that of two medians; ± is half the distance between the quartiles of "
+        "the rounds. "
     )
     if rounds:
         text += f"Times have {min(rounds)} to {max(rounds)} rounds. "
-    worst = {
-        mode: max(spreads)
-        for mode in _TITLES
-        if (
-            spreads := [
-                spread
-                for record in records.values()
-                for found in _leaves(record.get("samples", {}).get(mode, {}))
-                if (spread := _spread(found)) is not None
-            ]
-        )
-    }
-    if worst:
-        shown = ", ".join(f"{spread:.0%} ({mode})" for mode, spread in worst.items())
-        text += f"The quartiles of a figure's rounds are apart by at most {shown} of it. "
     if device == "cpu":
         return text + (
             "Times that have a target are CPU time of one thread. Peak memory is the high-water "
@@ -200,20 +188,28 @@ def _leaves(samples: Any) -> Iterable[list[float]]:
         yield samples
 
 
-def _spread(found: list[float]) -> float | None:
-    """The distance between the quartiles, as a part of the median."""
+def _cells(case: Case, samples: Mapping[str, Any]) -> dict[str, str]:
+    """What is shown of every subject: its figure, and how far its rounds are apart."""
+    return {
+        name: _format(case, figure)
+        + ("" if case.measure == "crossover" else _spread(samples[name]))
+        for name, figure in figures(case, samples).items()
+    }
+
+
+def _spread(found: list[float]) -> str:
+    """Half the distance between the quartiles, as a part of the median."""
     if len(found) < 4:
-        return None
+        return ""
     low, middle, high = quantiles(found, n=4)
-    return (high - low) / middle
+    return f" ±{(high - low) / 2 / middle:.0%}" if middle else ""
 
 
 def _targets(cases: list[Case], rows: list[_Row]) -> str:
     names = _columns(cases)
     lines = [
         _line(
-            [row.label, *row.shown()]
-            + [_format(row.case, row.figures[n]) if n in row.figures else "" for n in names]
+            [row.label, *row.shown(), *(row.cells.get(name, "") for name in names)],
         )
         for row in rows
     ]
@@ -234,7 +230,7 @@ def _times(
     cases: list[Case], records: Mapping[str, Any], mode: str, about: Mapping[str, Any]
 ) -> str:
     timed = [
-        (case, figures(case, samples[mode]))
+        (case, samples[mode])
         for case in cases
         if case.measure == "time"
         and mode in (samples := records.get(case.title, {}).get("samples", {}))
@@ -247,14 +243,12 @@ def _times(
         quotients = [
             f"{target.subject} / {target.per} = {value:.3g}"
             for target in case.targets
-            if target.per is not None and (value := _value(target, found)) is not None
+            if target.per is not None
+            and (value := _value(target, figures(case, found))) is not None
         ]
-        lines.append(
-            _line(
-                [case.title, "; ".join(quotients)]
-                + [_format(case, found[n]) if n in found else "" for n in names]
-            )
-        )
+        cells = _cells(case, found)
+        shown = [cells.get(name, "") for name in names]
+        lines.append(_line([case.title, "; ".join(quotients), *shown]))
     title = _TITLES[mode].format(threads=about["ours"]["threads"])
     return f"## {title}\n\n" + _table(["case", "reached", *names], lines)
 
@@ -266,8 +260,9 @@ def _crossovers(cases: list[Case], records: Mapping[str, Any], about: Mapping[st
             continue
         for mode, samples in records.get(case.title, {}).get("samples", {}).items():
             lines = [
-                _line([name, *(_seconds(median(found[str(size)])) for size in case.sizes)])
+                _line([name, *(_seconds(median(x)) + _spread(x) for x in by_size)])
                 for name, found in samples.items()
+                if (by_size := [found[str(size)] for size in case.sizes])
             ]
             title = _TITLES[mode].format(threads=about["ours"]["threads"])
             parts.append(
@@ -283,10 +278,10 @@ def _ceilings(cases: list[Case], records: Mapping[str, Any], ceilings: Mapping[s
     )
     lines = []
     for case in cases:
-        found = _carrying_figures(case, records.get(case.title))
-        if case.measure != "time" or "ours" not in found or not (case.flops or case.traffic):
+        found = figures(case, _carrying_samples(records.get(case.title)))
+        seconds = found.get("ours")
+        if case.measure != "time" or not seconds or not (case.flops or case.traffic):
             continue
-        seconds = found["ours"]
         rate, bandwidth = case.flops / seconds, case.traffic / seconds
         lines.append(
             _line(

@@ -10,7 +10,6 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import platform
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from bench_case import Case, Subject
-from workers import serve
+from workers import load_module, serve
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -30,15 +29,12 @@ _STATUS = Path("/proc/self/status")
 
 def load_cases(path: Path, device: str) -> list[Case]:
     """The cases of a bench_cases.py for a device."""
-    spec = importlib.util.spec_from_file_location("bench_cases", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file")
     # For what lies beside it.
     sys.path.insert(0, str(path.parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_cases"] = module
-    spec.loader.exec_module(module)
-    cases: list[Case] = module.cases(device)
+    try:
+        cases: list[Case] = load_module(path).cases(device)
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     titles = [case.title for case in cases]
     if len(set(titles)) != len(titles):
         raise ValueError(f"{path} has two cases of the same title: {titles}")
@@ -72,7 +68,7 @@ class Measurer:
             "torch": torch.__version__,
             "hardware": torch.cuda.get_device_name() if cuda else _cpu_model(),
             "threads": self._all_threads,
-            "system": f"{platform.system()} {platform.release()}",
+            "system": platform.system(),
         }
 
     def prepare(self, title: str, name: str, size: int | None, threads: int) -> None:
@@ -107,10 +103,6 @@ class Measurer:
             return {"cpu": cpu / runs, "wall": wall / runs}
         finally:
             gc.enable()
-
-    def drop(self) -> None:
-        """Forgets what was prepared."""
-        self._prepared.clear()
 
     def value(self, title: str, name: str) -> float:
         """What the subject returns."""
@@ -213,7 +205,6 @@ if __name__ == "__main__":
                 "prepare",
                 "warm",
                 "sample",
-                "drop",
                 "value",
                 "peak",
                 "ceilings",

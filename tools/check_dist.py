@@ -26,8 +26,6 @@ from sbom import FILE_NAME, bill_of_materials
 
 LARGEST = 100_000
 METADATA_VERSION = "2.4"
-# What a clone does not have.
-UNTRACKED = shutil.ignore_patterns(".git", ".nox", ".*_cache", ".hypothesis", "__pycache__", "dist")
 
 
 def check(root: Path) -> tuple[list[str], list[str]]:
@@ -38,13 +36,15 @@ def check(root: Path) -> tuple[list[str], list[str]]:
         first_copy = copy_tree(root, Path(name, "first"), modified=1_000_000_000, mode=0o600)
         second_copy = copy_tree(root, Path(name, "second", "deeper"), modified=1.7e9, mode=0o644)
         for first, second in zip(discover(first_copy), discover(second_copy), strict=True):
-            sdist, wheel = build_both(first.folder, Path(name, "one"), hash_seed="1")
-            faults += archive_faults(first, sdist, wheel)
             faults += source_faults(first, first_copy / "LICENSE")
+            building = first.name
             try:
+                sdist, wheel = build_both(first.folder, Path(name, "one"), hash_seed="1")
+                faults += archive_faults(first, sdist, wheel)
+                building = sdist.name
                 again = build_through_sdist(second.folder, Path(name, "two"), hash_seed="2")
             except subprocess.CalledProcessError as error:
-                faults.append(f"{sdist.name} does not build: {_last_line(error.stdout)}")
+                faults.append(f"{building} does not build: {_last_line(error.stdout)}")
                 continue
             different = [*differences(sdist, again[0]), *differences(wheel, again[1])]
             faults += [f"built twice, {member} differs" for member in different]
@@ -60,9 +60,11 @@ def copy_tree(root: Path, target: Path, *, modified: float, mode: int) -> Path:
     (target / ".git").mkdir()
     for name in (".gitignore", "LICENSE"):
         shutil.copy(root / name, target)
+    ignored = (root / ".gitignore").read_text(encoding="utf-8").splitlines()
+    untracked = shutil.ignore_patterns(".git", *(line.rstrip("/") for line in ignored))
     for name in ("shared-core", "packages"):
         if (root / name).is_dir():
-            shutil.copytree(root / name, target / name, ignore=UNTRACKED)
+            shutil.copytree(root / name, target / name, ignore=untracked)
     for path in target.rglob("*"):
         if path.is_file():
             path.chmod(mode)
@@ -150,11 +152,17 @@ def archive_faults(distribution: Distribution, sdist: Path, wheel: Path) -> Iter
 
 def source_faults(distribution: Distribution, licence: Path) -> Iterator[str]:
     """Faults of what was built from."""
-    if (distribution.folder / "LICENSE").read_bytes() != licence.read_bytes():
+    own, bill = (distribution.folder / name for name in ("LICENSE", FILE_NAME))
+    if not own.is_file() or own.read_bytes() != licence.read_bytes():
         yield f"LICENSE of {distribution.name} is not a copy of the one at the top"
-    bill = distribution.folder / FILE_NAME
-    if bill.read_text(encoding="utf-8") != bill_of_materials(distribution):
-        yield f"{FILE_NAME} of {distribution.name} is out of date: run python tools/sbom.py"
+    try:
+        expected = bill_of_materials(distribution)
+    except ValueError as error:
+        # There is no version.
+        yield str(error)
+    else:
+        if not bill.is_file() or bill.read_text(encoding="utf-8") != expected:
+            yield f"{FILE_NAME} of {distribution.name} is out of date: run python tools/sbom.py"
     yield from _tool_faults("validate_pyproject", str(distribution.folder / "pyproject.toml"))
     # Every import belongs to a declared dependency, and every dependency is imported.
     yield from _tool_faults(
@@ -183,7 +191,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository to check")
-    lines, faults = check(parser.parse_args().root)
+    try:
+        lines, faults = check(parser.parse_args().root)
+    except ValueError as error:
+        sys.exit(str(error))
     print("\n".join(lines))
     if faults:
         sys.exit("\n".join(faults))

@@ -27,6 +27,9 @@ class Distribution:
     name: str
     folder: Path
     dependencies: tuple[str, ...]
+    optional: tuple[str, ...]
+    """What the extras depend on."""
+    licence: str
 
     @property
     def import_name(self) -> str:
@@ -49,17 +52,25 @@ class Distribution:
 def discover(root: Path = ROOT) -> list[Distribution]:
     """shared-core and everything under packages/ that has a pyproject.toml, by name.
 
-    Raises ValueError where a folder and the distribution in it bear different names.
+    Raises ValueError for a pyproject.toml without name or license, and where a folder and the
+    distribution in it bear different names.
     """
     folders = [root / CORE, *sorted((root / "packages").glob("*"))]
     return [_read(folder) for folder in folders if (folder / "pyproject.toml").is_file()]
 
 
 def _read(folder: Path) -> Distribution:
-    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    if project["name"] != folder.name:
-        raise ValueError(f"the folder {folder.name} holds a distribution named {project['name']}")
-    return Distribution(folder.name, folder, tuple(project.get("dependencies", ())))
+    path = folder / "pyproject.toml"
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        name, licence = project["name"], project["license"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+    if name != folder.name:
+        raise ValueError(f"the folder {folder.name} holds a distribution named {name}")
+    extras = project.get("optional-dependencies", {}).values()
+    optional = tuple(needed for extra in extras for needed in extra)
+    return Distribution(name, folder, tuple(project.get("dependencies", ())), optional, licence)
 
 
 def content_key(distribution: Distribution, *also: Path) -> str:

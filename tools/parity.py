@@ -58,17 +58,9 @@ class Parity:
         self._ours = ours
         self._folder = folder
 
-    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> dict[str, Any]:
         """What both sides have. Raises ValueError for another reference than the pinned one."""
-        package = self._package
-        theirs = self._reference.call(
-            "describe", limit=LIMIT, distribution=package.reference, import_name=None
-        )
-        package.check_reference(theirs["version"])
-        ours = self._ours.call(
-            "describe", limit=LIMIT, distribution=package.name, import_name=package.import_name
-        )
-        return ours, theirs
+        return self._package.describe(self._ours, self._reference)
 
     def numbers(self, number: int, case: dict[str, Any]) -> Line:
         """Outputs and gradients of a comparison; leaves the reference's files behind."""
@@ -177,7 +169,8 @@ def attempt(what: str, check: Callable[[], Line]) -> Line:
 
 def compare(parity: Parity, say: Callable[[str, list[Line]], None]) -> int:
     """Runs everything and returns the number of faults."""
-    ours, theirs = parity.describe()
+    about = parity.describe()
+    ours, theirs = about["ours"], about["reference"]
     if not ours["comparisons"]:
         raise ValueError("there is nothing to compare")
     print(

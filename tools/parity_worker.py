@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import math
 import platform
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parity_case import Comparison, Initial, Side, Tensors
-from workers import serve
+from workers import load_module, serve
 
 Named = TypeVar("Named", Comparison, Initial)
 
@@ -177,14 +176,7 @@ class Comparer:
 
     def _module(self, name: str) -> ModuleType:
         if name not in self._modules:
-            path = self._paths[name]
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            if spec is None or spec.loader is None:
-                raise ValueError(f"{path} is not a Python file")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-            self._modules[name] = module
+            self._modules[name] = load_module(self._paths[name])
         return self._modules[name]
 
 

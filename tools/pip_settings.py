@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,15 +21,28 @@ SECTIONS = ("global", "install", ":env:")
 
 
 def read() -> str:
-    """What `pip config list` prints; nothing where there is no pip."""
+    """What `pip config list` prints; nothing where there is no pip.
+
+    Raises ValueError where pip fails, for then its sources are not known.
+    """
+    if importlib.util.find_spec("pip") is None:
+        return ""
     command = [sys.executable, "-m", "pip", "config", "list"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError("pip config list took longer than 60 s") from None
+    if result.returncode:
+        last = result.stderr.rstrip().rpartition("\n")[2]
+        raise ValueError(f"pip config list failed: {last}")
+    return result.stdout
 
 
 def uv_variables(listing: str, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that give uv the sources in `listing`, as `pip config list` prints them.
 
-    A variable that `environment` sets already is left to it.
+    A variable that `environment` sets already is left to it. Raises ValueError for a line that pip
+    does not print.
     """
     settings: dict[str, str] = {}
     sections = _parse(listing)
@@ -53,5 +67,8 @@ def _parse(listing: str) -> dict[str, dict[str, str]]:
         key, equals, value = line.partition("=")
         if equals:
             section, _, setting = key.rpartition(".")
-            sections.setdefault(section, {})[setting] = str(ast.literal_eval(value))
+            try:
+                sections.setdefault(section, {})[setting] = str(ast.literal_eval(value))
+            except (ValueError, SyntaxError):
+                raise ValueError(f"pip config list has a line that is no setting: {line}") from None
     return sections

@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from workers import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
+# Seconds, in which torch is imported.
+_LIMIT = 300.0
 _PIN = re.compile(r"^\s*([A-Za-z0-9._-]+)==(\S+)\s*$", re.MULTILINE)
 
 
@@ -41,10 +46,22 @@ class Package:
     def import_name(self) -> str:
         return self.name.replace("-", "_")
 
-    def check_reference(self, installed: str) -> None:
-        """Raises ValueError where the other environment has another release."""
-        if installed != self.reference_version:
+    def describe(self, ours: Worker, theirs: Worker | None) -> dict[str, Any]:
+        """What the environments hold.
+
+        Raises ValueError where the other one has another release than the pinned one.
+        """
+        about = {
+            "ours": ours.call(
+                "describe", limit=_LIMIT, distribution=self.name, import_name=self.import_name
+            )
+        }
+        if theirs is None:
+            return about
+        found = theirs.call("describe", limit=_LIMIT, distribution=self.reference, import_name=None)
+        if found["version"] != self.reference_version:
             raise ValueError(
                 f"the reference must be {self.reference} {self.reference_version}, "
-                f"its environment has {installed}"
+                f"its environment has {found['version']}"
             )
+        return {**about, "reference": {**found, "name": self.reference}}

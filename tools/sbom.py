@@ -14,17 +14,23 @@ import json
 from packaging.requirements import Requirement
 
 from distributions import Distribution, discover
+from files import write_whole
 
 FILE_NAME = "sbom.cdx.json"
 
 
 def bill_of_materials(distribution: Distribution) -> str:
-    """The bill as JSON text: the distribution and its direct dependencies.
+    """The bill as JSON text: the distribution and its direct dependencies, those of extras too.
 
     A dependency has no version in it, because the wheel declares a range and bundles nothing.
     """
     purl = f"pkg:pypi/{distribution.name}@{distribution.version}"
-    requirements = [Requirement(text) for text in sorted(distribution.dependencies)]
+    requirements = [(Requirement(text), "required") for text in sorted(distribution.dependencies)]
+    names = {requirement.name for requirement, _ in requirements}
+    for requirement in map(Requirement, sorted(distribution.optional)):
+        if requirement.name not in names:
+            names.add(requirement.name)
+            requirements.append((requirement, "optional"))
     document = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -36,7 +42,7 @@ def bill_of_materials(distribution: Distribution) -> str:
                 "bom-ref": purl,
                 "name": distribution.name,
                 "version": distribution.version,
-                "licenses": [{"license": {"id": "MIT"}}],
+                "licenses": [{"license": {"id": distribution.licence}}],
                 "purl": purl,
             },
         },
@@ -45,16 +51,16 @@ def bill_of_materials(distribution: Distribution) -> str:
                 "type": "library",
                 "bom-ref": f"pkg:pypi/{requirement.name}",
                 "name": requirement.name,
-                "scope": "required",
+                "scope": scope,
                 "purl": f"pkg:pypi/{requirement.name}",
                 "properties": [{"name": "python:range", "value": str(requirement.specifier)}],
             }
-            for requirement in requirements
+            for requirement, scope in requirements
         ],
         "dependencies": [
             {
                 "ref": purl,
-                "dependsOn": [f"pkg:pypi/{requirement.name}" for requirement in requirements],
+                "dependsOn": [f"pkg:pypi/{requirement.name}" for requirement, _ in requirements],
             }
         ],
     }
@@ -67,7 +73,7 @@ def main() -> None:
     ).parse_args()
     for distribution in discover():
         path = distribution.folder / FILE_NAME
-        path.write_text(bill_of_materials(distribution), encoding="utf-8")
+        write_whole(path, bill_of_materials(distribution))
         print(path.relative_to(distribution.folder.parent))
 
 

@@ -1,13 +1,15 @@
 """Worker processes: functions that run in another environment, called with lines of JSON.
 
 The caller writes {"call": name, "arguments": {...}} and reads {"value": ...} or {"error": ...,
-"traceback": ...}. A worker is a script that hands its functions to `serve`. What these print goes
-to the log of the worker, whose last lines are part of the message if it dies. Only the standard
-library is used here, since one of the two environments holds nothing but the reference.
+"traceback": ...}, from a pipe that nothing else is written to. A worker is a script that hands its
+functions to `serve`. What is printed there goes to the log of the worker, whose last lines are part
+of the message if it dies or hangs. Only the standard library is used here, since one of the two
+environments holds nothing but the reference.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import queue
@@ -18,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import IO, Any
 
 # Set for the Python that calls, these would change what the other Python imports or measures.
@@ -31,6 +33,8 @@ _NOT_INHERITED = (
     "MKL_NUM_THREADS",
 )
 _LOG_LINES = 20
+# Names the pipe for the answers.
+_ANSWERS = "WORKER_ANSWERS"
 
 
 class WorkerError(RuntimeError):
@@ -73,9 +77,13 @@ class Worker:
             _pipe(process.stdin).flush()
             line = self._answers.get(timeout=limit)
         except queue.Empty:
+            # The log is read when nothing is written to it any more.
+            process.kill()
+            process.wait()
+            log = self._last_lines()
             self.close()
             raise WorkerError(
-                f"{self.name}: {function} took longer than {limit:g} s and was ended"
+                f"{self.name}: {function} took longer than {limit:g} s and was ended", log
             ) from None
         except BrokenPipeError:
             line = None
@@ -120,23 +128,28 @@ class Worker:
         if self._process is not None:
             return self._process
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
+        answers, written = os.pipe()
         try:
             process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=self._log,
                 stderr=self._log,
+                pass_fds=(written,),
                 encoding="utf-8",
-                env=self._environment,
+                env={**self._environment, _ANSWERS: str(written)},
                 # Nothing lies there that an import could find.
                 cwd=tempfile.gettempdir(),
             )
         except OSError as error:
             self._log.close()
+            os.close(answers)
             raise WorkerError(f"{self.name}: {self._command[0]} does not start: {error}") from None
+        finally:
+            os.close(written)
         self._process = process
         self._answers = queue.Queue()
-        self._reader = threading.Thread(target=_read, args=(process, self._answers), daemon=True)
+        self._reader = threading.Thread(target=_read, args=(answers, self._answers), daemon=True)
         self._reader.start()
         return process
 
@@ -154,9 +167,9 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-def _read(process: subprocess.Popen[str], answers: queue.Queue[str | None]) -> None:
+def _read(pipe: int, answers: queue.Queue[str | None]) -> None:
     """Passes on the lines of a worker, and None at the end."""
-    with _pipe(process.stdout) as lines:
+    with os.fdopen(pipe, encoding="utf-8") as lines:
         for line in lines:
             answers.put(line)
     answers.put(None)
@@ -164,9 +177,7 @@ def _read(process: subprocess.Popen[str], answers: queue.Queue[str | None]) -> N
 
 def serve(functions: Mapping[str, Callable[..., Any]]) -> None:
     """Answers calls of these functions until the caller closes the pipe."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # Whatever else is printed, by C code too, belongs into the log.
-    os.dup2(2, 1)
+    answers = os.fdopen(int(os.environ[_ANSWERS]), "w", encoding="utf-8")
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any]
@@ -179,3 +190,13 @@ def serve(functions: Mapping[str, Callable[..., Any]]) -> None:
             }
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def load_module(path: Path) -> ModuleType:
+    """A file as a module, which others can then import by its name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

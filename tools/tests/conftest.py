@@ -26,7 +26,7 @@ class Repository:
 
     def add(self, name: str, *, dependencies: str = "[]", under: str = "packages") -> Path:
         """A package made like the ones we have; returns its folder."""
-        from distributions import Distribution
+        from distributions import discover
         from sbom import FILE_NAME, bill_of_materials
 
         folder = self.root / under / name
@@ -43,9 +43,8 @@ class Repository:
         (source / "__init__.py").write_text('__all__ = ["one"]\n__version__ = "1.2.3"\n\none = 1\n')
         (source / "py.typed").touch()
         shutil.copy(ROOT / "LICENSE", folder)
-        declared = tuple(re.findall(r'"([^"]+)"', dependencies))
-        bill = bill_of_materials(Distribution(name, folder, declared))
-        (folder / FILE_NAME).write_text(bill)
+        found = next(found for found in discover(self.root) if found.name == name)
+        (folder / FILE_NAME).write_text(bill_of_materials(found))
         return folder
 
 

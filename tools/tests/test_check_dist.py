@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -77,9 +78,6 @@ def planted(shared_repository: Repository) -> str:
         "holds ['second', 'throw_away'], not throw_away alone",
         "has no throw_away/py.typed",
         "has metadata 2.3, not 2.4",
-        f"throw_away-1.2.3.tar.gz has 1{LARGEST % 10}",
-        "throw_away-1.2.3-py3-none-any.whl has 1",
-        f"more than {LARGEST:,}",
         "LICENSE of throw-away is not a copy",
         f"{FILE_NAME} of throw-away is out of date: run python tools/sbom.py",
         "'scipy' imported but missing from the dependency definitions",
@@ -91,6 +89,45 @@ def planted(shared_repository: Repository) -> str:
 )
 def test_a_planted_fault_is_found(planted: str, fault: str) -> None:
     assert fault in planted
+
+
+@pytest.mark.parametrize(
+    "archive", ["throw_away-1.2.3.tar.gz", "throw_away-1.2.3-py3-none-any.whl"]
+)
+def test_large_archives_are_found(planted: str, archive: str) -> None:
+    assert re.search(rf"(?m)^{archive} has 1\d\d,\d{{3}} bytes, more than {LARGEST:,}$", planted)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "faults"),
+    [
+        ("pyproject.toml", 'readme = "MISSING.md"', ["throw-away does not build: "]),
+        (
+            FILE_NAME,
+            None,
+            [f"{FILE_NAME} of throw-away is out of date", "throw-away does not build: "],
+        ),
+        ("LICENSE", None, ["LICENSE of throw-away is not a copy"]),
+        (
+            "src/throw_away/__init__.py",
+            "",
+            ["has no line __version__", "throw-away does not build: "],
+        ),
+    ],
+)
+def test_what_keeps_a_build_from_starting_is_a_line_each(
+    repository: Repository, file: str, text: str | None, faults: list[str]
+) -> None:
+    path = repository.add("throw-away") / file
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace('readme = "README.md"', text) if text else "")
+    lines, found = check(repository.root)
+    for fault in faults:
+        assert sum(fault in one for one in found) == 1, found
+    if faults[-1].endswith("build: "):
+        assert lines == []
 
 
 def test_an_sdist_that_does_not_build(repository: Repository) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,14 @@ def test_finds_what_this_repository_holds() -> None:
 def test_refuses_a_folder_with_another_name(repository: Repository) -> None:
     repository.add("right").rename(repository.root / "packages" / "wrong")
     with pytest.raises(ValueError, match="folder wrong holds a distribution named right"):
+        discover(repository.root)
+
+
+@pytest.mark.parametrize("text", ["[project", "", "[project]\nname = 'throw-away'\n"])
+def test_names_a_project_that_cannot_be_read(repository: Repository, text: str) -> None:
+    path = repository.add("throw-away") / "pyproject.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
         discover(repository.root)
 
 

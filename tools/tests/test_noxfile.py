@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+from uv import find_uv_bin
 
 from distributions import ROOT, discover
 
@@ -83,3 +88,161 @@ def test_demo_names_the_packages_there_are(copy: Path) -> None:
     result = nox(copy, "-s", "demo", "--", "nothing", "--option")
     assert result.returncode == 1
     assert "no package named nothing; there are h-transformer-1d, throw-away" in result.stderr
+
+
+def test_a_wrong_name_keeps_the_environment_of_the_demo(copy: Path) -> None:
+    nox(copy, "-s", "demo", "--", "nothing")
+    installed = copy / ".nox" / "demo" / "installed"
+    installed.touch()
+    nox(copy, "-s", "demo", "--", "nothing")
+    assert installed.exists()
+
+
+@pytest.fixture(scope="module")
+def loaded() -> ModuleType:
+    """Our noxfile as a module, of which there can be one only."""
+    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def noxfile(loaded: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Our noxfile, which keeps wheels in a folder of its own and makes empty ones."""
+    monkeypatch.setattr(loaded, "WHEELS", tmp_path / "wheels")
+    monkeypatch.setattr(loaded, "uv", build_empty)
+    return loaded
+
+
+def build_empty(_: StandIn, *arguments: str) -> None:
+    out = Path(arguments[arguments.index("-o") + 1])
+    out.mkdir()
+    (out / "empty.whl").touch()
+
+
+class StandIn:
+    """What the noxfile uses of a session."""
+
+    def __init__(self, folder: Path, *posargs: str) -> None:
+        self.posargs = posargs
+        self.invoked_from = str(folder)
+        self.virtualenv = SimpleNamespace(is_sandboxed=True, location=str(folder))
+        self.logged: list[str] = []
+        self.log = self.logged.append
+
+    def chdir(self, _: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def install(self, *_: str, **__: object) -> None: ...
+
+    def run(self, *_: str, **__: object) -> str:
+        return self.virtualenv.location
+
+    def run_install(self, *arguments: str, **_: object) -> None:
+        command = [find_uv_bin(), *arguments[1:]]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(message)
+
+
+def test_a_second_run_takes_the_environment_of_the_reference_again(
+    loaded: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = StandIn(tmp_path)
+    monkeypatch.setattr(loaded, "wheels", lambda *_: [])
+    for _ in range(2):
+        loaded.against_reference(session, "h-transformer-1d", "bench.py")
+        assert (tmp_path / "reference" / "bin" / "python").exists()
+
+
+def test_a_wheel_that_another_run_builds_too(
+    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (core, *_) = discover()
+    key = noxfile.distributions.content_key(core, noxfile.CONSTRAINTS)
+    folder = noxfile.WHEELS / f"{core.name}-{key}"
+
+    def build_late(session: StandIn, *arguments: str) -> None:
+        build_empty(session, *arguments)
+        build_empty(session, "-o", str(folder))
+
+    monkeypatch.setattr(noxfile, "uv", build_late)
+    assert noxfile.wheel(StandIn(tmp_path), core) == folder / "empty.whl"
+    assert list(noxfile.WHEELS.iterdir()) == [folder]
+
+
+def test_a_wheel_that_may_not_be_built(
+    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So does nox -R.
+    monkeypatch.setattr(noxfile, "uv", lambda *_: None)
+    with pytest.raises(SystemExit, match="shared-core has changed and is not built"):
+        noxfile.wheel(StandIn(tmp_path), discover()[0])
+
+
+def test_wheels_that_are_not_used_go(noxfile: ModuleType, tmp_path: Path) -> None:
+    core, other, *_ = discover()
+    first = noxfile.wheel(StandIn(tmp_path), core)
+    for name, age in ((first.parent.name, 2), ("old", 2), ("new", 0.5)):
+        (noxfile.WHEELS / name).mkdir(exist_ok=True)
+        os.utime(noxfile.WHEELS / name, (time.time() - age * 24 * 3600,) * 2)
+    assert noxfile.wheel(StandIn(tmp_path), core) == first
+    second = noxfile.wheel(StandIn(tmp_path), other)
+    left = {path.name for path in noxfile.WHEELS.iterdir()}
+    assert left == {first.parent.name, second.parent.name, "new"}
+
+
+def test_an_install_of_our_wheels_says_that_it_takes_a_while(
+    noxfile: ModuleType, tmp_path: Path
+) -> None:
+    for requirement, own_torch, lines in (
+        ("ruff", True, 0),
+        ("a @ b", True, 1),
+        ("a @ b", False, 0),
+    ):
+        session = StandIn(tmp_path)
+        noxfile.install(session, requirement, own_torch=own_torch)
+        assert len(session.logged) == lines
+
+
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [
+        ([], "cpu"),
+        (["--device", "cuda"], "cuda"),
+        (["--only", "x", "--device=cuda", "--quick"], "cuda"),
+        (["--only", "cuda"], "cpu"),
+    ],
+)
+def test_the_device_of_a_comparison(noxfile: ModuleType, options: list[str], device: str) -> None:
+    assert noxfile.device(options) == device
+
+
+def test_a_file_takes_the_place_of_the_suite(noxfile: ModuleType, tmp_path: Path) -> None:
+    def selected(*arguments: str) -> list[str]:
+        found: list[str] = noxfile.selected(StandIn(tmp_path, *arguments), Path("/suite"))
+        return found
+
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").touch()
+    file = f"{tmp_path}/tests/test_x.py"
+    assert selected("-x", "tests/test_x.py") == ["-x", file]
+    assert selected("tests/test_x.py::test_one[a::b]") == [f"{file}::test_one[a::b]"]
+    # A word that also names a folder is none.
+    assert selected("-k", "tests") == ["-k", "tests", "/suite"]
+    assert selected() == ["/suite"]
+
+
+def test_sources_that_are_not_known_are_one_line(
+    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:
+        raise ValueError("pip failed")
+
+    monkeypatch.setattr(noxfile, "read_pip_settings", fail)
+    with pytest.raises(SystemExit, match=r"^pip failed$"):
+        noxfile.package_sources(StandIn(tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,26 @@ def test_what_uv_was_told_already_stays() -> None:
     listing = "global.find-links='/a'\nglobal.index-url='https://b'"
     environment = {"UV_FIND_LINKS": "/mine"}
     assert uv_variables(listing, environment) == {"UV_DEFAULT_INDEX": "https://b"}
+
+
+def test_a_line_that_is_no_setting() -> None:
+    with pytest.raises(ValueError, match=r"no setting: global\.find-links=/a b$"):
+        uv_variables("global.find-links=/a b", {})
+
+
+def test_pip_that_fails_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 2, "global.cert='/a'", "one\nERROR: two\n")
+
+    def hang(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 60)
+
+    for run, message in ((fail, "failed: ERROR: two$"), (hang, "longer than 60 s")):
+        monkeypatch.setattr(subprocess, "run", run)
+        with pytest.raises(ValueError, match=message):
+            pip_settings.read()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert pip_settings.read() == ""
 
 
 def test_reads_what_pip_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,38 +15,56 @@ from distributions import ROOT, discover
 COMMAND = 'pip install "nox[uv]" && nox'
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 # Folders that exist on one machine only.
-MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|root|opt|home)/\w")
+FOLDERS = ("work", "workspace", "root", "opt", "home", "Users", "mnt", "srv", "tmp")
+MACHINE_PATH = re.compile(rf"(?<![\w.~])/(?:{'|'.join(FOLDERS)})/\w")
+# Hosts of one network.
+MACHINE_HOST = re.compile(
+    r"https?://(?:\d+(?:\.\d+){3}|[\w.-]+\.(?:corp|internal|lan|local)(?![\w.-]))"
+)
 
 
-def tracked_files() -> list[Path]:
+def tracked_files(root: Path = ROOT) -> list[Path]:
+    if not (root / ".git").exists():
+        pytest.skip("only a git checkout says which files belong to it")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        command, cwd=root, capture_output=True, text=True, timeout=60, check=True
     ).stdout
-    paths = (ROOT / name for name in listing.split("\0") if name)
+    paths = (root / name for name in listing.split("\0") if name)
     return [path for path in paths if path.is_file()]
 
 
-def test_no_file_names_a_path_of_one_machine() -> None:
+def test_no_file_names_a_path_or_host_of_one_machine() -> None:
     found = []
     for path in tracked_files():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in MACHINE_PATH.finditer(text)]
+        for pattern in (MACHINE_PATH, MACHINE_HOST):
+            found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
     assert found == []
 
 
-def test_the_pattern_of_machine_paths() -> None:
-    for folder in ("work", "root", "opt", "home"):
+def test_the_patterns_of_machine_paths_and_hosts() -> None:
+    for folder in FOLDERS:
         assert MACHINE_PATH.search(f"see /{folder}/x")
     assert not MACHINE_PATH.search("https://example.org/work/x and ~/work/x and src/root/x")
+    for host in ("10.0.0.1", "packages.internal", "index.corp:8080"):
+        assert MACHINE_HOST.search(f"index-url = https:{'//'}{host}/simple")
+    assert not MACHINE_HOST.search("https://example.org/simple and https://my.local.example.org/x")
+
+
+def test_an_unpacked_archive_has_no_list_of_files(tmp_path: Path) -> None:
+    with pytest.raises(pytest.skip.Exception, match="git checkout"):
+        tracked_files(tmp_path)
 
 
 def test_the_test_command_is_the_readmes() -> None:
     assert f"\n{COMMAND}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith(f"\n{COMMAND}\n")
+    # On a runner with the versions that are pinned.
+    line = f"\nPIP_CONSTRAINT=tools/constraints.txt {COMMAND}\n"
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith(line)
 
 
 @pytest.fixture(scope="module")

@@ -60,10 +60,11 @@ def row_sums_reference(*, device: str) -> Callable[[], float]:
     def run() -> float:
         packed = normal(1, 1024, 3 * 32, generator=torch.Generator().manual_seed(0)).to(device)
         packed[..., 64:] = 1.0
-        return max(
+        errors: list[float] = [
             (reference_core(causal, 2, 16, 16, 1024).to(device)(packed) - 1).abs().max().item()
             for causal in (True, False)
-        )
+        ]
+        return max(errors)
 
     return run
 
@@ -158,7 +159,7 @@ def series(heads: int, n: int, width: int, generator: torch.Generator) -> Tensor
 
 def relative_error(attend: Core, kind: str) -> float:
     """Mean over seeds of |result - exact| / |exact|; `attend` takes packed input."""
-    errors = []
+    errors: list[float] = []
     for seed in SEEDS:
         generator = torch.Generator().manual_seed(seed)
         width = 16 if kind == "q = k" else 64

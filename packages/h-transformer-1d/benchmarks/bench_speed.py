@@ -78,7 +78,10 @@ def merged(heads: Tensor) -> Tensor:
 
 def reference_core(causal: bool, heads: int, width: int, block: int, n: int) -> Any:
     """The reference's attention module on packed queries, keys and values."""
-    from h_transformer_1d.h_transformer_1d import CausalHAttention1D, HAttention1D
+    from h_transformer_1d.h_transformer_1d import (  # type: ignore[import-not-found]
+        CausalHAttention1D,
+        HAttention1D,
+    )
 
     settings = {"heads": heads, "dim_head": width, "block_size": block}
     if causal:
@@ -91,10 +94,8 @@ def reference_core(causal: bool, heads: int, width: int, block: int, n: int) -> 
 
 def model(device: str, max_seq_len: int) -> Any:
     """One layer; the same arguments are known to both packages."""
-    try:
-        from h_transformer_1d import HTransformer1D
-    except ImportError:
-        from h_transformer_1d.h_transformer_1d import HTransformer1D
+    from h_transformer_1d import HTransformer1D
+
     return HTransformer1D(
         num_tokens=256, dim=DIM, depth=1, max_seq_len=max_seq_len, causal=True, heads=HEADS,
         dim_head=WIDTH, block_size=BLOCK,

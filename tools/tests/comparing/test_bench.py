@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 
 import bench
 from bench_worker import Measurer
+from files import write_whole
 
 if TYPE_CHECKING:
     from conftest import Compared
@@ -174,8 +176,6 @@ def test_a_failing_case_does_not_stop_the_others(
 def test_a_worker_that_dies_or_hangs(
     compared: Compared, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    effort = bench.Effort(least=1, most=1, seconds=0, sample=0, processes=1, limit=5)
-    monkeypatch.setattr(bench, "FULL", effort)
     compared.write("bench_cases.py", ONE)
     compared.write_ours(
         "import os, sys\ndef value():\n    sys.stderr.write('my end'); os._exit(5)\n"
@@ -185,8 +185,10 @@ def test_a_worker_that_dies_or_hangs(
     assert "FAILED: ours: ended with code 5 during value" in shown
     assert "my end" in shown
     compared.write_ours("import time\ndef value():\n    time.sleep(1000)\n")
+    # However long the worker takes to start, it never answers.
+    monkeypatch.setattr(bench, "FULL", replace(bench.FULL, limit=0.5))
     assert run(compared, "--only", "first", reference=False) == 1
-    assert "FAILED: ours: value took longer than 5 s" in capsys.readouterr().err
+    assert "FAILED: ours: value took longer than 0.5 s" in capsys.readouterr().err
 
 
 def test_another_reference_than_the_pinned_one(
@@ -220,25 +222,81 @@ def test_what_cannot_be_measured_ends_with_one_line(
     assert "a line name==version is needed" in error("new-thing", *root)
 
 
-def test_a_damaged_cache_is_named(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def cases(device):\n    return 1 / 0", "ZeroDivisionError"),
+        ("cases = None", "TypeError"),
+    ],
+)
+def test_cases_that_do_not_load(
+    compared: Compared, capsys: pytest.CaptureFixture[str], text: str, why: str
+) -> None:
+    (compared.benchmarks / "bench_cases.py").write_text(text)
+    assert run(compared, reference=False) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert f"bench_cases.py: {why}" in " ".join(shown.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+    compared.write("bench_cases.py", ONE)
+    assert run(compared, "--device", "cuda", reference=False) == 2
+    assert capsys.readouterr().err == "bench: there is no CUDA device\n"
+
+
+def test_one_thread_is_measured_where_there_never_were_more(compared: Compared) -> None:
+    compared.write(
+        "bench_cases.py",
+        """
+        import torch
+        from bench_case import Case, Subject
+
+        most = []
+
+        def prepare(*, device, size):
+            def run():
+                if torch.get_num_threads() == 1 and most:
+                    raise RuntimeError("there are more threads")
+                if torch.get_num_threads() > 1:
+                    most.append(size)
+            return run
+
+        def cases(device):
+            subjects = [Subject("ours", prepare), Subject("other", prepare)]
+            return [Case("from where on", "crossover", subjects, sizes=(1, 2))]
+        """,
+    )
+    assert run(compared, reference=False) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"fingerprint": ', b"{}", b"[]", b"null", b"\xff", b'{"fingerprint": "", "records": 1}'],
+)
+def test_a_damaged_cache_is_named(
+    compared: Compared, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
     compared.write("bench_cases.py", ONE)
     path = compared.root / "cache" / "new-thing-cpu.json"
     path.parent.mkdir()
-    path.write_text('{"fingerprint": ')
+    path.write_bytes(content)
     assert run(compared, "--resume", reference=False) == 2
     assert "is damaged" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deeper" / "file.json"
-    bench.write_whole(path, "first")
+    write_whole(path, "first")
 
     def fail(*_: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        bench.write_whole(path, "second, cut off")
+        write_whole(path, "second, cut off")
     assert path.read_text() == "first"
     assert [found.name for found in path.parent.iterdir()] == ["file.json"]
 

@@ -24,7 +24,7 @@ ABOUT = {
         "python": "3.11.1",
         "hardware": "A Processor",
         "threads": 6,
-        "system": "Linux 1.2",
+        "system": "Linux",
     },
     "reference": {"name": "old", "version": "0.1", "torch": "2.98", "python": "3.10.1"},
 }
@@ -152,7 +152,20 @@ def test_the_spread_of_the_rounds_is_shown() -> None:
         SPEED, {"cpu": {"ours": [1.0, 1.0, 1.0, 1.0]}, "wall": {"ours": [1, 2, 3, 4, 5]}}
     )
     assert "Times have 4 to 5 rounds." in text
-    assert "apart by at most 0% (cpu), 100% (wall) of it." in text
+    assert row(text, "forward: SDPA / ours")[4] == "1 s ±0%"
+    assert row(text.partition("## Wall time")[2], "forward")[2] == "3 s ±50%"
+    case = Case("crossover", "crossover", [OURS, SDPA], sizes=(8, 16))
+    times = {"8": [1.0, 2.0, 3.0, 4.0, 5.0], "16": [1.0]}
+    text = written(case, {"cpu": {"ours": times, "SDPA": times}})
+    assert row(text, "SDPA") == ["SDPA", "3 s ±50%", "1 s"]
+
+
+def test_nothing_at_all_is_no_divisor() -> None:
+    case = Case("memory", "memory", [OURS, REFERENCE], [Target("reference", "ours", at_least=2)])
+    text = written(case, {"memory": {"ours": [0.0] * 4, "reference": [2.0**20]}})
+    assert row(text, "memory: reference / ours")[1:] == ["inf", ">= 2", "yes", "0 MiB", "1 MiB"]
+    text = written(case, {"memory": {"ours": [0.0], "reference": [0.0]}})
+    assert row(text, "memory: reference / ours")[1:4] == ["not measured", ">= 2", ""]
 
 
 def test_an_accelerator_is_held_against_its_ceilings() -> None:

@@ -25,6 +25,10 @@ def noise():
 def fail(text):
     raise LookupError(text)
 
+def hang():
+    print("still here", file=sys.stderr)
+    time.sleep(1000)
+
 def die():
     print("last words", file=sys.stderr)
     os._exit(3)
@@ -36,7 +40,7 @@ serve({{
     "die": die,
     "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "sleep": time.sleep,
-    "hang": lambda: time.sleep(1000),
+    "hang": hang,
     "pid": os.getpid,
     "argument": lambda: sys.argv[1],
     "environment": lambda name: os.environ.get(name),
@@ -65,6 +69,12 @@ def test_values_come_back_whatever_is_printed(script: Path) -> None:
         assert worker.call("noise", limit=30) == "said"
         assert worker.call("add", limit=30, a=0.1, b=float("inf")) == float("inf")
         assert worker.call("argument", limit=30) == "given"
+
+
+def test_what_an_import_prints_is_no_answer(script: Path) -> None:
+    script.write_text('import os\nos.write(1, b"hello")\nprint("hello")\n' + SCRIPT)
+    with Worker("one", sys.executable, script) as worker:
+        assert worker.call("add", limit=30, a=1, b=2) == 3
 
 
 def test_an_error_has_its_traceback_and_the_worker_goes_on(script: Path) -> None:
@@ -96,9 +106,10 @@ def test_a_worker_that_hangs_is_ended(script: Path) -> None:
     with Worker("three", sys.executable, script) as worker:
         pid = worker.call("pid", limit=30)
         with pytest.raises(
-            WorkerError, match=r"^three: hang took longer than 0\.2 s and was ended$"
-        ):
-            worker.call("hang", limit=0.2)
+            WorkerError, match=r"^three: hang took longer than 0\.5 s and was ended$"
+        ) as found:
+            worker.call("hang", limit=0.5)
+        assert found.value.details == "still here"
         assert not is_running(pid)
         assert worker.call("add", limit=30, a=1, b=2) == 3
 
