@@ -1,0 +1,89 @@
+"""What is measured of product-key-memory; tools/bench.py reads this file.
+
+A layer of width 512 with 4 heads, half queries of 128 and 32 slots a head, on (1, 1024, 512). A
+train step is a forward pass, a backward pass and the optimizers: in the reference Adam for
+everything, as its README says; in ours Adam for the rest and a `PKMOptimizer` for the values, whose
+gradients are factored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bench_speed import TOKENS, forward, train_ours, train_reference, whole
+
+from bench_case import Case, Subject, Target
+
+STEPS = ((256, 4.0), (512, 10.0), (1024, 30.0))
+
+
+def cases(device: str) -> list[Case]:
+    found = [*forwards(), *steps(), *remembered()]
+    if device == "cpu":
+        return found
+    # The bounds are meant for a CPU; elsewhere the quotients alone are shown.
+    return [
+        replace(case, targets=[Target(target.subject, target.per) for target in case.targets])
+        for case in found
+    ]
+
+
+def forwards() -> Iterator[Case]:
+    for title, arguments, target in (
+        ("forward, num_keys 256", {"num_keys": 256}, 2.0),
+        ("forward, num_keys 512", {"num_keys": 512}, None),
+        ("forward of one token, num_keys 256", {"num_keys": 256, "n": 1}, None),
+        ("forward of one token, compiled, num_keys 256", {"num_keys": 256, "n": 1}, 4.0),
+    ):
+        compiled = {"compiled": True} if "compiled" in title else {}
+        yield Case(
+            title,
+            "time",
+            [
+                Subject("ours", forward, {**arguments, **compiled}),
+                Subject("reference", forward, arguments, environment="reference"),
+            ],
+            [Target("reference", per="ours", at_least=target)],
+            note="ours by torch.compile; the reference as it is." if compiled else "",
+        )
+
+
+def steps() -> Iterator[Case]:
+    for num_keys, target in STEPS:
+        arguments = {"num_keys": num_keys}
+        yield Case(
+            f"train step, {num_keys**2} slots",
+            "time",
+            [
+                Subject("ours", train_ours, arguments),
+                Subject("ours, lazy Adam", train_ours, {**arguments, "rule": "adam"}),
+                Subject("reference", train_reference, arguments, environment="reference"),
+            ],
+            [
+                Target("reference", per="ours", at_least=target),
+                Target("reference", per="ours, lazy Adam"),
+            ],
+            note=f"{TOKENS} tokens; ours: row-wise Adagrad.",
+        )
+
+
+def remembered() -> Iterator[Case]:
+    warm = {"num_keys": 64, "n": 16}
+    for num_keys, target in ((512, 11.0), (1024, None)):
+        yield Case(
+            f"peak memory of training, {num_keys**2} slots",
+            "memory",
+            [
+                Subject(
+                    name,
+                    whole,
+                    {"trainer": name, "num_keys": num_keys},
+                    {"trainer": name, **warm},
+                    environment="ours" if name == "ours" else "reference",
+                )
+                for name in ("ours", "reference")
+            ],
+            [Target("reference", per="ours", at_least=target)],
+            note="the layer, its optimizers and two steps: parameters, state and gradients.",
+        )

@@ -1,0 +1,176 @@
+"""Stores thousands of facts in a product-key memory, then teaches it a few hundred others.
+
+    nox -s demo -- product-key-memory                 2 minutes on 2 cores
+    nox -s demo -- product-key-memory --seed 1        other facts and weights
+    nox -s demo -- product-key-memory --facts 32768   more facts in as many slots
+    nox -s demo -- product-key-memory --out FOLDER    where the plot and the figures go
+
+Shows what a memory stores beside a feed-forward layer which costs as much, how many of its slots
+tokens use that resemble each other, and what it forgets when taught by all its weights or by a
+few slots. The output folder receives a plot of the slots' use and the figures in full precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import display
+import miniatures
+from display import INDENT, percent, progress, table
+from facts import ANSWERS, WIDTH, DemoError, FactModel, Facts
+from miniatures import LESSON, Stored, Taught, Used
+
+LARGEST = 2**32
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demonstration; returns the exit status."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (DemoError, OSError) as problem:
+        print(f"demo: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    usage, _, rest = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seed", type=number(0), default=0, help="of facts, tokens and weights (0)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="FOLDER",
+        help="for the results (demo-output)",
+    )
+    add("--facts", type=number(1), default=16384, help="to store (16384)")
+    add("--steps", type=number(1), default=1000, help="to store them in (1000)")
+    add("--edits", type=number(1), default=320, help="facts taught afterwards (320)")
+    add("--tokens", type=number(1), default=32768, help="whose slots are counted (32768)")
+    options = parser.parse_args(arguments)
+    if options.edits // 2 >= options.facts:
+        parser.error(f"--edits {options.edits} would change all of --facts {options.facts}")
+    return options
+
+
+def number(least: int) -> Any:
+    def convert(text: str) -> int:
+        value = int(text)
+        if not least <= value < LARGEST:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"number from {least}"
+    return convert
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, measures and shows. Raises DemoError for what the user can mend."""
+    start = time.perf_counter()
+    check_writable(options.out)
+    print(f"facts     {options.facts:,} random vectors of width {WIDTH}, each with one of")
+    print(f"{INDENT}{ANSWERS} random answers; {options.steps:,} steps to store them", flush=True)
+    stored, model, known = store(options)
+    used = count(options)
+    taught = teach(options, model, known)
+    figures = {
+        "seed": options.seed,
+        "stored": {name: dataclasses.asdict(one) for name, one in stored.items()},
+        "used": {name: {"usage": one.usage, "kl": one.kl} for name, one in used.items()},
+        "taught": {name: dataclasses.asdict(one) for name, one in taught.items()},
+    }
+    path = options.out / "slots.png"
+    display.plot(used, taught, path)
+    display.write(options.out / "figures.json", json.dumps(figures, indent=2).encode())
+    print(f"plot      {path}")
+    print(f"figures   {options.out / 'figures.json'}")
+    print(f"time      {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
+
+
+def store(options: argparse.Namespace) -> tuple[dict[str, Stored], FactModel, Facts]:
+    results = {}
+    # The memory last, since it is what the lessons go on with.
+    for name, kind in (("feed-forward layer", "feed-forward"), ("product-key memory", "memory")):
+        with progress(f"a {name} stores them") as tick:
+            results[name], model, known = miniatures.store(
+                options.seed, kind, facts=options.facts, steps=options.steps, tick=tick
+            )
+    rows = {
+        name: (
+            f"{one.macs:,}",
+            percent(one.recalled),
+            f"{1000 * one.recalled * options.facts / one.macs:,.0f}",
+        )
+        for name, one in results.items()
+    }
+    print()
+    table("stored", ("MACs", "recalled", "facts per 1000 MACs"), rows)
+    return results, model, known
+
+
+def count(options: argparse.Namespace) -> dict[str, Used]:
+    results = {}
+    for name, norm in (("batch norm", "batch"), ("layer norm", "layer")):
+        with progress(f"tokens of a narrow cone look up slots, queries by {name}") as tick:
+            results[name] = miniatures.usage(options.seed, norm, tokens=options.tokens, tick=tick)
+    rows = {name: (percent(one.usage), f"{one.kl:.2f}") for name, one in results.items()}
+    print()
+    table("use", ("slots used", "KL to uniform"), rows)
+    return results
+
+
+def teach(options: argparse.Namespace, model: FactModel, known: Facts) -> dict[str, Taught]:
+    lessons, old = miniatures.lessons(known, options.edits, options.seed)
+    print(f"lessons   {options.edits} facts in {len(lessons)} lessons of up to {LESSON}, half of")
+    print(f"{INDENT}them other answers to what was stored", flush=True)
+    teachers = {
+        "chosen slots": miniatures.slot_teacher(model, old),
+        "all weights, rates as before": miniatures.fine_tune_all,
+        "all weights, Adam at 3e-4": miniatures.fine_tune_by_adam,
+    }
+    results = {}
+    for name, teacher in teachers.items():
+        with progress(f"taught by {name}") as tick:
+            results[name] = miniatures.forgetting(model, old, lessons, teacher, tick)
+    rows = {
+        name: (percent(one.kept[-1], 2), percent(one.learned, 2)) for name, one in results.items()
+    }
+    print()
+    table("taught", ("old facts kept", "new facts recalled"), rows)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Gradients of tables, whatever form they have, row by row.
+
+Of a table that is spread over ranks (`DTensor`), a rank has some rows or some columns, of the
+gradient and of the optimizer's state, too.
+
+Shapes: s slots, d width, n tokens, u of the slots, p pairs of a slot and a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from product_key_memory.values import Bags, Factors, bag_rows, factors_of, sort_pairs
+
+
+class Part(NamedTuple):
+    """Some rows of a gradient.
+
+    Attributes:
+        slots: (u,). rows: (u, d), none of which is zero. norms: (u,) of the whole rows.
+        width: of the whole rows.
+    """
+
+    slots: Tensor
+    rows: Tensor
+    norms: Tensor
+    width: int
+
+
+class TableGradient(NamedTuple):
+    """A table's gradient, not multiplied out.
+
+    Attributes:
+        bags: tokens by slot, u slots.
+        x: (n, d) what they add to a slot, times their weight.
+        width: of whole rows, where x are some columns.
+        norms: (u,) of whole rows, where they are known.
+    """
+
+    bags: Bags
+    x: Tensor
+    width: int
+    norms: Tensor | None = None
+
+    def times(self, scale: float) -> TableGradient:
+        """The gradient times a number."""
+        if scale == 1.0:
+            return self
+        bags = self.bags._replace(weights=self.bags.weights * scale)
+        norms = None if self.norms is None else self.norms * scale
+        return self._replace(bags=bags, norms=norms)
+
+    def measure(self, table: Tensor) -> Tensor:
+        """The norms (u,) of its rows, whichever rank has their columns."""
+        if self.norms is not None:
+            return self.norms
+        norms = self.x.new_empty(len(self.bags.slots))
+        first = 0
+        for slots, rows in bag_rows(self.bags, self.x):
+            torch.linalg.vector_norm(rows, dim=1, out=norms[first : first + len(slots)])
+            first += len(slots)
+        return sum_over_ranks(norms.square_(), table, (1,)).sqrt_()
+
+    def parts(self) -> Iterator[Part]:
+        """Its rows, a few at a time."""
+        first = 0
+        for slots, rows in bag_rows(self.bags, self.x):
+            if self.norms is None:
+                norms = torch.linalg.vector_norm(rows, dim=1)
+            else:
+                norms = self.norms[first : first + len(slots)].clone()
+                first += len(slots)
+            if norms.all():
+                yield Part(slots, rows, norms, self.width)
+                continue
+            # The norm of a tiny row is 0, too.
+            used = (norms != 0) | rows.any(1)
+            yield Part(slots[used], rows[used], norms[used], self.width)
+
+
+def gradient_of(table: Tensor) -> TableGradient | None:
+    """What was collected and what is in `.grad` together, or None where nothing is."""
+    factors = list(factors_of(table))
+    if table.grad is not None:
+        factors.append(_as_factors(local(table.grad), by_column=bool(_groups(table, (1,)))))
+    if not factors:
+        return None
+    slots, tokens, number = [], [], 0
+    for indices, _, x in factors:
+        last = number + len(x)
+        token = torch.arange(number, last, device=x.device)
+        slots.append(indices.flatten())
+        tokens.append(token.repeat_interleave(indices.shape[1]))
+        number = last
+    dtype = precise(table.dtype)
+    weights = _concatenate([one.weights.flatten() for one in factors]).to(dtype)
+    x = _concatenate([one.x for one in factors]).to(dtype).contiguous()
+    bags = sort_pairs(_concatenate(slots), _concatenate(tokens), weights)
+    gradient = TableGradient(bags, x, table.shape[1])
+    if _groups(table, (1,)):
+        return gradient._replace(norms=gradient.measure(table))
+    return gradient
+
+
+def is_finite(table: Tensor) -> bool:
+    """Whether all that was collected is finite, on all ranks that share the table."""
+    wrong = torch.zeros((), device=table.device)
+    for _, weights, x in factors_of(table):
+        wrong += ~(weights.isfinite().all() & x.isfinite().all())
+    return not sum_over_ranks(wrong, table)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """In which a table of `dtype` is computed, and its state kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def local(table: Tensor) -> Tensor:
+    """What this rank has of it."""
+    return table.to_local() if isinstance(table, DTensor) else table
+
+
+def zeros_beside(table: Tensor, *, columns: bool) -> Tensor:
+    """Zeros (s, d), or (s,), spread over ranks as the table is."""
+    part, ndim = local(table), 2 if columns else 1
+    zeros = torch.zeros(part.shape[:ndim], dtype=precise(table.dtype), device=part.device)
+    if not isinstance(table, DTensor):
+        return zeros
+    placements = [one if one.is_shard(0) or columns else Replicate() for one in table.placements]
+    shape, stride = table.shape[:ndim], (table.shape[1], 1)[-ndim:]
+    return DTensor.from_local(
+        zeros, table.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def sum_over_ranks(x: Tensor, table: Tensor, dims: tuple[int, ...] = (0, 1)) -> Tensor:
+    """Adds up, in place, what ranks have that share rows (dim 0) or columns (dim 1) of a table."""
+    for group in _groups(table, dims):
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def _groups(table: Tensor, dims: tuple[int, ...]) -> list[dist.ProcessGroup]:
+    if not isinstance(table, DTensor):
+        return []
+    mesh = table.device_mesh
+    spread = [any(one.is_shard(dim) for dim in dims) for one in table.placements]
+    return [mesh.get_group(at) for at, is_spread in enumerate(spread) if is_spread]
+
+
+def _as_factors(grad: Tensor, *, by_column: bool) -> Factors:
+    """A gradient (s, d), dense or sparse, as one token for each row."""
+    if grad.is_sparse and grad.sparse_dim() == 1:
+        slots, rows = grad._indices()[0], grad._values()
+    else:
+        rows = grad.to_dense()
+        slots = torch.arange(len(rows), device=rows.device)
+        # Another rank's columns of a row may be something else than zero.
+        if not by_column:
+            slots = rows.any(1).nonzero().squeeze(1)
+            rows = rows.index_select(0, slots)
+    return Factors(slots[:, None], rows.new_ones(len(slots), 1), rows)
+
+
+def _concatenate(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
