@@ -7,6 +7,7 @@ best for what it is shown against.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,7 @@ def _miniatures() -> ModuleType:
     folder = str(Path(__file__).resolve().parent.parent / "examples")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    import miniatures
-
-    return miniatures
+    return importlib.import_module("miniatures")
 
 
 @functools.cache

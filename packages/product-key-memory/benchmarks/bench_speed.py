@@ -20,8 +20,9 @@ def layer(device: str, num_keys: int, **options: Any) -> Any:
     from product_key_memory import PKM
 
     torch.manual_seed(0)
-    settings = {"heads": HEADS, "num_keys": num_keys, "topk": TOPK, "dim_head": DIM_HEAD}
-    return PKM(DIM, **settings, **options).to(device)
+    return PKM(DIM, heads=HEADS, num_keys=num_keys, topk=TOPK, dim_head=DIM_HEAD, **options).to(
+        device
+    )
 
 
 def tokens(n: int, device: str, seed: int = 0) -> Tensor:

@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="for the results (demo-output)",
     )
-    add("--facts", type=number(1), default=16384, help="to store (16384)")
+    add("--facts", type=number(2), default=16384, help="to store (16384)")
     add("--steps", type=number(1), default=1000, help="to store them in (1000)")
     add("--edits", type=number(1), default=320, help="facts taught afterwards (320)")
     add("--tokens", type=number(1), default=32768, help="whose slots are counted (32768)")

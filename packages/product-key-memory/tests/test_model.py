@@ -267,6 +267,9 @@ def test_router_and_masks(
     settings = {"heads": 2, "num_keys": (5, 7), "topk": 3, "dim_head": 6}
     router = ProductKeyRouter(12, query_norm=query_norm, key_norm=True, **settings)
     router.to(device, torch.float64).train(training)
+    with torch.no_grad():
+        for number, parameter in enumerate(router.parameters()):
+            parameter.add_(0.3 * randn(*parameter.shape, seed=number))
     x, mask = randn(3, 5, 12), awkward_mask(device)
 
     def scores(x: Tensor, mask: Tensor) -> Tensor:
@@ -620,6 +623,7 @@ def test_dropout_where_it_belongs(make_pkm: Any, randn: Any) -> None:
     out = make_pkm(query_dropout=1.0)(x)
     assert out.ne(0).any()
     torch.testing.assert_close(out, out[:1, :1].expand_as(out))
+    assert make_pkm(query_dropout=1.0, gate="relu")(x).eq(0).all()
     # Before the queries and after the norm of the input.
     assert make_pkm(input_dropout=1.0, pre_layernorm=True, gated_output=True)(x).eq(0).all()
 

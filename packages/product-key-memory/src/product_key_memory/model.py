@@ -70,7 +70,10 @@ class _Routing(nn.Module):
         check_choice("query_norm", query_norm, ("layer", "batch", "none"))
         check_probability(query_dropout=query_dropout)
         super().__init__()
-        self.dim, self.heads, self.topk, self.dim_head = dim, heads, topk, dim_head
+        self.dim: int = dim
+        self.heads: int = heads
+        self.topk: int = topk
+        self.dim_head: int = dim_head
         self.num_keys: int | tuple[int, int] = sizes[0] if sizes[0] == sizes[1] else sizes
         self.key_sizes: tuple[int, int] = sizes
         self.num_memories: int = sizes[0] * sizes[1]

@@ -369,7 +369,9 @@ class MemoryPool(nn.Module):
         check_choice("values_grad", values_grad, ("dense", "factored"))
         check_dtype("dtype", dtype)
         super().__init__()
-        self.slots, self.dim, self.values_grad = slots, dim, values_grad
+        self.slots: int = slots
+        self.dim: int = dim
+        self.values_grad: str = values_grad
         self.reader: Reader = LocalReader(factored=values_grad == "factored")
         self.weight: nn.Parameter = nn.Parameter(torch.empty(slots, dim, dtype=dtype))
         self.inputs: nn.Parameter | None = None
