@@ -19,6 +19,7 @@ from bench_exactness import (
     error_reference,
     leak_ours,
     leak_reference,
+    row_sums_exact,
     row_sums_ours,
     row_sums_reference,
 )
@@ -171,10 +172,12 @@ def exact() -> Iterator[Case]:
         [
             Subject("ours", row_sums_ours),
             Subject("reference", row_sums_reference, environment="reference"),
+            Subject("SDPA", row_sums_exact),
         ],
         [Target("ours", at_most=7e-16)],
         note=f"{worst} lengths 1 to 1024, blocks of 4 to 128, both schemes and resolutions, causal "
-        "and not, with and without a mask; reference: n = 1024, blocks of 16.",
+        "and not, with and without a mask; reference: n = 1024, blocks of 16; SDPA: causal and "
+        "not, without a mask.",
     )
     yield Case(
         "pairs of tokens with a weight",

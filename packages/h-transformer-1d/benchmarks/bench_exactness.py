@@ -15,12 +15,13 @@ from bench_speed import HEADS, Core, merged, reference_core, split
 from torch import Tensor
 
 SEEDS = range(8)
+LENGTHS = (1, 2, 63, 129, 300, 1024)
 Attend = Callable[..., Tensor]
 
 
 def shapes() -> Iterator[tuple[int, dict[str, Any]]]:
     """Lengths, and the options of `h_attention` to try them with."""
-    for n in (1, 2, 63, 129, 300, 1024):
+    for n in LENGTHS:
         for block in (4, 16, 128):
             for scheme in ("sibling", "neighbor"):
                 options = {"block_size": block, "scheme": scheme}
@@ -51,6 +52,20 @@ def row_sums_ours(*, device: str) -> Callable[[], float]:
             sums = h_attention(q, k, one, mask=mask, **options)
             # A row that sees nothing gives exactly 0.
             worst = max(worst, torch.minimum((sums - 1).abs(), sums.abs()).max().item())
+        return worst
+
+    return run
+
+
+def row_sums_exact(*, device: str) -> Callable[[], float]:
+    def run() -> float:
+        generator = torch.Generator().manual_seed(0)
+        worst = 0.0
+        for n in LENGTHS:
+            q, k = (normal(1, 2, n, 16, generator=generator).to(device) for _ in range(2))
+            for causal in (True, False):
+                sums = F.scaled_dot_product_attention(q, k, torch.ones_like(k), is_causal=causal)
+                worst = max(worst, (sums - 1).abs().max().item())
         return worst
 
     return run

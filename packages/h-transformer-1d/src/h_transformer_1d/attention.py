@@ -201,13 +201,11 @@ class Attention(RotaryOwner):
 
     def _project(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, d) and keys, values (b, g, n, d); the first two rotated."""
-        sizes = [heads * self.dim_head for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (
-            rearrange(part, "b n (h d) -> b h n d", d=self.dim_head)
-            for part in self.to_qkv(x).split(sizes, -1)
-        )
+        packed = rearrange(self.to_qkv(x), "b n (h d) -> b h n d", d=self.dim_head)
+        asking, v = packed.tensor_split((self.heads + self.kv_heads,), 1)
         if angles is not None:
-            q, k = apply_rotary_emb(angles, q), apply_rotary_emb(angles, k)
+            asking = apply_rotary_emb(angles, asking)
+        q, k = asking.tensor_split((self.heads,), 1)
         return q, k, v
 
     def _merge(self, x: Tensor) -> Tensor:

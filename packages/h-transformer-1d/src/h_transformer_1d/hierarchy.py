@@ -91,11 +91,9 @@ def h_attention(
     if impl == "auto":
         plain = dropout == 0.0 and mask is None and level_bias is None
         if plain and _is_exact(q, k, v, block_size):
-            # Autocast would round the inputs, which it does not for longer sequences.
-            with torch.autocast(q.device.type, enabled=False):
-                return F.scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-                )
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+            )
         impl = _fastest(q, coarse, dropout)
     options = (block_size, causal, scheme, coarse, scale)
     if impl == "plain":
@@ -109,10 +107,13 @@ def h_attention(
 def _is_exact(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
     """Whether PyTorch's attention serves: two blocks have no coarse level, so it is the same.
 
-    Not for gradients, since its backward pass is slow in bf16 and has none of its own; nor while
-    tracing, where it would tie a dynamic length to two blocks.
+    Not for gradients, since its backward pass is slow in bf16 and has none of its own; nor under
+    autocast, which would round its inputs and does not for longer sequences; nor while tracing,
+    where it would tie a dynamic length to two blocks.
     """
     if torch.compiler.is_compiling() or count_levels(q.shape[2], block_size) > 1:
+        return False
+    if torch.is_autocast_enabled(q.device.type):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
 
