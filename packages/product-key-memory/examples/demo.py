@@ -1,6 +1,6 @@
 """Stores thousands of facts in a product-key memory, then teaches it a few hundred others.
 
-    nox -s demo -- product-key-memory                 2 minutes on 2 cores
+    nox -s demo -- product-key-memory                 a minute on 2 cores
     nox -s demo -- product-key-memory --seed 1        other facts and weights
     nox -s demo -- product-key-memory --facts 32768   more facts in as many slots
     nox -s demo -- product-key-memory --out FOLDER    where the plot and the figures go

@@ -67,7 +67,7 @@ def plot(used: dict[str, Used], taught: dict[str, Taught], path: Path) -> None:
         ylabel="weight, mean = 1",
         yscale="log",
     )
-    left.legend(loc="lower left")
+    left.legend(loc="upper right")
     for name, result in taught.items():
         right.plot([100.0, *(100 * kept for kept in result.kept)], marker=".", label=name)
     right.set(xlabel=f"lessons of {LESSON} facts", ylabel="old facts kept, %", ylim=(0, 105))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from product_key_memory import PKM, MemoryPool, ProductKeyRouter
-from product_key_memory.values import collect_factors
+from product_key_memory.factors import collect_factors
 from shared_core.testing import (
     assert_compiles,
     assert_data_parallel,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from product_key_memory import product_top_k
-from product_key_memory.lookup import candidates
+from product_key_memory.lookup import best_half_keys, candidates
 from shared_core.testing import assert_compiles, assert_same_gradients
 
 
@@ -44,9 +44,11 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     k = draw(st.integers(1, 64))
+    # From 16 k on half keys are chosen in groups, where their number can be divided by 4.
+    least = draw(st.sampled_from([k, k, 16 * k]))
     return Case(
         leading=draw(st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0, 3)])),
-        sizes=(k + draw(st.integers(0, 20)), k + draw(st.integers(0, 20))),
+        sizes=(least + draw(st.integers(0, 20)), least + draw(st.integers(0, 20))),
         k=k,
         levels=draw(st.sampled_from([0, 0, 1, 2, 3, 8])),
         dtype=draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])),
@@ -77,6 +79,19 @@ def test_equals_scoring_every_slot(device: torch.device, case: Case) -> None:
 @given(case=cases())
 def test_equals_scoring_every_slot_ten_thousand_times(device: torch.device, case: Case) -> None:
     assert_exact(case, device)
+
+
+@given(k=st.integers(1, 8), quarter=st.integers(4, 9), levels=st.integers(1, 9), seed=st.integers())
+def test_half_keys_in_groups(
+    device: torch.device, k: int, quarter: int, levels: int, seed: int
+) -> None:
+    """As torch.topk, but that ties may be others."""
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    scores = torch.randint(levels, (5, 4 * quarter * k), generator=generator).to(device)
+    best, at = best_half_keys(scores.double(), k)
+    assert torch.equal(best, scores.double().topk(k).values)
+    assert torch.equal(scores.gather(-1, at), best.long())
+    assert (at.sort().values.diff() > 0).all()
 
 
 def unsorted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from product_key_memory import PKM, MemoryPool, ProductKeyMemory, ProductKeyRouter, oracle
+from product_key_memory.factors import collect_factors, factors_of
 from product_key_memory.model import gumbel_noise
-from product_key_memory.values import collect_factors, factors_of, write, write_rows
+from product_key_memory.operators import write, write_rows
 from shared_core.testing import assert_masked_ignored, assert_same_gradients
 
 
@@ -624,6 +625,9 @@ def test_dropout_where_it_belongs(make_pkm: Any, randn: Any) -> None:
     assert out.ne(0).any()
     torch.testing.assert_close(out, out[:1, :1].expand_as(out))
     assert make_pkm(query_dropout=1.0, gate="relu")(x).eq(0).all()
+    # Before the norm of the output.
+    pkm = make_pkm(value_dropout=1.0, norm_output=True)
+    torch.testing.assert_close(pkm(x), pkm.output_norm.bias.expand_as(x))
     # Before the queries and after the norm of the input.
     assert make_pkm(input_dropout=1.0, pre_layernorm=True, gated_output=True)(x).eq(0).all()
 

@@ -27,9 +27,11 @@ from product_key_memory import (
     RowwiseValues,
     fetch_optimizer_parameters,
     fetch_pkm_value_parameters,
-    values,
+    operators,
 )
-from product_key_memory.values import Factors, collect_factors, factors_of, write
+from product_key_memory.factors import Factors, collect_factors, factors_of
+from product_key_memory.gradients import gradient_of
+from product_key_memory.operators import write
 from shared_core.testing import run_ranks
 
 RULES = ["adagrad", "adam", "sgd"]
@@ -40,7 +42,7 @@ SLOTS, WIDTH = 25, 6
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of three rows, so that there are several."""
     for name in ("_WORKING_SET", "_ACCELERATOR_WORKING_SET"):
-        monkeypatch.setattr(values, name, 3 * WIDTH)
+        monkeypatch.setattr(operators, name, 3 * WIDTH)
 
 
 class Stack(nn.Module):
@@ -308,6 +310,29 @@ def test_adagrad_is_a_plain_loop(device: torch.device) -> None:
                 plain[slot] -= 0.3 * grad / (sums[slot].sqrt() + 0.01)
     close(table.detach(), plain)
     close(optimizer.state[table], {"sum": sums})
+
+
+@given(seed=st.integers(0, 2**16), often=st.booleans())
+def test_norms_are_those_of_the_rows(device: torch.device, seed: int, often: bool) -> None:
+    """Of slots that one token looked at, and of those of several."""
+    generator = torch.Generator().manual_seed(seed)
+    table = nn.Parameter(torch.zeros(SLOTS, WIDTH, dtype=torch.float64, device=device))
+    indices = torch.randint(5 if often else SLOTS, (4, 3), generator=generator)
+    weights, x = (torch.randn(4, size, generator=generator).double() for size in (3, WIDTH))
+    factors = Factors(indices.to(device), weights.to(device), x.to(device))
+    collect_factors(table).append(factors)
+    gradient = gradient_of(table)
+    assert gradient is not None
+    dense = write(*factors, SLOTS)
+    norms = torch.zeros(SLOTS, dtype=torch.float64, device=device)
+    norms[gradient.bags.slots] = gradient.measure(table)
+    torch.testing.assert_close(norms, dense.norm(dim=1), atol=1e-12, rtol=0)
+    # Each row times a number of its own.
+    scale = torch.rand(SLOTS, generator=generator, dtype=torch.float64).to(device)
+    scaled = torch.zeros_like(dense)
+    for slots, rows in gradient.times(scale[gradient.bags.slots]).parts(used=False):
+        scaled[slots] = rows
+    torch.testing.assert_close(scaled, dense * scale[:, None], atol=1e-12, rtol=0)
 
 
 def test_adagrad_moves_a_row_by_the_learning_rate_at_first(device: torch.device) -> None:

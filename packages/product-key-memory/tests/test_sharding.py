@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import parallelize_module
 
 from product_key_memory import PKM, ColumnwiseValues, MemoryPool, PKMOptimizer, RowwiseValues
-from product_key_memory.values import collect_factors, write
+from product_key_memory.factors import collect_factors
+from product_key_memory.operators import write
 from shared_core.testing import run_ranks
 
 STYLES: dict[str, Callable[[], Any]] = {

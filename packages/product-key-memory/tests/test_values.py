@@ -13,16 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from product_key_memory import MemoryPool, values
-from product_key_memory.values import (
-    Factors,
-    collect_factors,
-    factors_of,
-    match,
-    read,
-    write,
-    write_rows,
-)
+from product_key_memory import MemoryPool, operators
+from product_key_memory.factors import Factors, collect_factors, factors_of
+from product_key_memory.operators import match, match_known, read, write, write_rows
 from shared_core.testing import assert_compiles, assert_exports, assert_same_gradients
 
 
@@ -85,6 +78,35 @@ def test_every_derivative(device: torch.device, check: Any) -> None:
     assert check(lambda w, y: write(indices, w, y, 5), (weights, x))
 
 
+@given(size=sizes, seed=st.integers(0, 2**16))
+def test_what_is_known_is_not_computed(
+    device: torch.device, size: tuple[int, int, int, int], seed: int
+) -> None:
+    table, indices, weights, x = build(*size, device, seed)
+    assert torch.equal(match_known(table, indices, x, weights), weights)
+    known = plain_match(table, indices, x)
+    assert_same_gradients(
+        lambda t, y: match_known(t, indices, y, known),
+        lambda t, y: plain_match(t, indices, y),
+        (table, x),
+    )
+
+
+def test_what_is_known_may_be_less_precise(device: torch.device) -> None:
+    """As under autocast."""
+    table, indices, _, x = build(3, 4, 5, 2, device)
+    known = match(table, indices, x).bfloat16()
+    leaves = table.float().requires_grad_(), x.bfloat16().requires_grad_()
+    match_known(leaves[0], indices, leaves[1], known).float().sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == leaf.dtype
+    expected = torch.autograd.grad(
+        plain_match(leaves[0], indices, leaves[1].float()).sum(), leaves[0]
+    )
+    torch.testing.assert_close(leaves[0].grad, expected[0])
+
+
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_a_derivative_by_one_argument_alone(device: torch.device, check: Any, wanted: int) -> None:
@@ -106,6 +128,7 @@ def test_operators_are_registered_as_torch_wants_them(device: torch.device) -> N
         y.requires_grad_()
     torch.library.opcheck(read, (table, indices, weights))
     torch.library.opcheck(match, (table, indices, x))
+    torch.library.opcheck(match_known, (table, indices, x, match(table, indices, x).detach()))
     torch.library.opcheck(write, (indices, weights, x, 5))
 
 
@@ -126,12 +149,17 @@ def test_nothing_to_read(device: torch.device, n: int, k: int) -> None:
         assert y.grad.isfinite().all()
 
 
-def test_match_works_on_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_match_without_the_private_operator(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table, indices, _, x = build(7, 3, 5, 4, device)
     expected = plain_match(table, indices, x)
-    # One token at a time, two, three, and all.
+    assert operators._PAIRS is not None
+    torch.testing.assert_close(match(table, indices, x), expected, atol=1e-12, rtol=0)
+    monkeypatch.setattr(operators, "_PAIRS", None)
+    # One pair at a time, six, nine, and all.
     for elements in (1, 24, 36, 2**10):
-        monkeypatch.setattr(values, "_WORKING_SET", elements)
+        monkeypatch.setattr(operators, "_WORKING_SET", elements)
         torch.testing.assert_close(match(table, indices, x), expected, atol=1e-12, rtol=0)
 
 
@@ -212,7 +240,7 @@ def test_rows_in_parts(
 ) -> None:
     """Each touched slot once, in order; the table is the same whatever the size of a part."""
     for name in ("_WORKING_SET", "_ACCELERATOR_WORKING_SET"):
-        monkeypatch.setattr(values, name, 3 * at_a_time)
+        monkeypatch.setattr(operators, name, 3 * at_a_time)
     _, indices, weights, x = build(6, 4, 20, 3, device)
     out = x.new_zeros(20, 3)
     seen: list[int] = []

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from product_key_memory.files import load_file, save_file
+from product_key_memory.operators import read
 from product_key_memory.stats import find_pools
-from product_key_memory.values import LocalReader, MemoryPool, Reader, read
+from product_key_memory.values import LocalReader, MemoryPool, Reader
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,24 +13,23 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from product_key_memory.values import Bags, Factors, bag_rows, factors_of, sort_pairs
+from product_key_memory.factors import Factors, factors_of
+from product_key_memory.operators import Bags, bag_rows, sort_pairs
 
 
 class Part(NamedTuple):
-    """Some rows of a gradient.
+    """Some rows of a gradient, or what it makes of them.
 
     Attributes:
-        slots: (u,). rows: (u, d), none of which is zero. norms: (u,) of the whole rows.
-        width: of the whole rows.
+        slots: (u,) distinct, ascending. rows: (u, d).
     """
 
     slots: Tensor
     rows: Tensor
-    norms: Tensor
-    width: int
 
 
 class TableGradient(NamedTuple):
@@ -48,40 +47,46 @@ class TableGradient(NamedTuple):
     width: int
     norms: Tensor | None = None
 
-    def times(self, scale: float) -> TableGradient:
-        """The gradient times a number."""
-        if scale == 1.0:
+    def times(self, scale: float | Tensor) -> TableGradient:
+        """The gradient times a number, or its rows times (u,) numbers of at least 0."""
+        if isinstance(scale, float) and scale == 1.0:
             return self
-        bags = self.bags._replace(weights=self.bags.weights * scale)
         norms = None if self.norms is None else self.norms * scale
+        if isinstance(scale, Tensor):
+            scale = scale.repeat_interleave(self.bags.starts.diff())
+        bags = self.bags._replace(weights=self.bags.weights * scale)
         return self._replace(bags=bags, norms=norms)
 
     def measure(self, table: Tensor) -> Tensor:
         """The norms (u,) of its rows, whichever rank has their columns."""
         if self.norms is not None:
             return self.norms
-        norms = self.x.new_empty(len(self.bags.slots))
-        first = 0
-        for slots, rows in bag_rows(self.bags, self.x):
-            torch.linalg.vector_norm(rows, dim=1, out=norms[first : first + len(slots)])
-            first += len(slots)
-        return sum_over_ranks(norms.square_(), table, (1,)).sqrt_()
+        first, counts = self.bags.starts[:-1], self.bags.starts.diff()
+        # Most slots have one token, and with it the norm of its vector.
+        tokens = self.x.square().sum(1)
+        squares = tokens[self.bags.tokens[first]] * self.bags.weights[first].square()
+        several = counts > 1
+        pairs = several.repeat_interleave(counts)
+        starts = F.pad(counts[several].cumsum(0), (1, 0))
+        bags = Bags(
+            several.nonzero().squeeze(1), starts, self.bags.tokens[pairs], self.bags.weights[pairs]
+        )
+        for at, rows in bag_rows(bags, self.x):
+            squares[at] = rows.square_().sum(1)
+        return sum_over_ranks(squares, table, (1,)).sqrt_()
 
-    def parts(self) -> Iterator[Part]:
-        """Its rows, a few at a time."""
+    def parts(self, *, used: bool) -> Iterator[Part]:
+        """Its rows, a few at a time; where `used`, without those that are zero on all ranks."""
         first = 0
         for slots, rows in bag_rows(self.bags, self.x):
-            if self.norms is None:
-                norms = torch.linalg.vector_norm(rows, dim=1)
-            else:
-                norms = self.norms[first : first + len(slots)].clone()
-                first += len(slots)
-            if norms.all():
-                yield Part(slots, rows, norms, self.width)
+            if not used:
+                yield Part(slots, rows)
                 continue
-            # The norm of a tiny row is 0, too.
-            used = (norms != 0) | rows.any(1)
-            yield Part(slots[used], rows[used], norms[used], self.width)
+            some = rows.any(1)
+            if self.norms is not None:
+                some |= self.norms[first : first + len(slots)] != 0
+                first += len(slots)
+            yield Part(slots, rows) if some.all() else Part(slots[some], rows[some])
 
 
 def gradient_of(table: Tensor) -> TableGradient | None:

@@ -48,22 +48,41 @@ def product_top_k(
             f"{first.shape[-1]} x {second.shape[-1]} half keys"
         )
     if half_top_k is None:
-        return _choose(first, second, k)
+        at_1, at_2 = choose(first, second, k)
+        scores = first.gather(-1, at_1) + second.gather(-1, at_2)
+        return scores, at_1 * second.shape[-1] + at_2
     (best_1, at_1), (best_2, at_2) = half_top_k(first, k), half_top_k(second, k)
-    scores, among = _choose(best_1, best_2, k)
-    rows = torch.div(among, k, rounding_mode="floor")
-    return scores, at_1.gather(-1, rows) * second.shape[-1] + at_2.gather(-1, among - rows * k)
+    rank_1, rank_2 = choose(best_1, best_2, k)
+    scores = best_1.gather(-1, rank_1) + best_2.gather(-1, rank_2)
+    return scores, at_1.gather(-1, rank_1) * second.shape[-1] + at_2.gather(-1, rank_2)
 
 
-def _choose(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`product_top_k` with `torch.topk`: indices without gradient, then the scores by them."""
-    with torch.no_grad():
-        best_1, at_1 = first.topk(k, dim=-1)
-        best_2, at_2 = second.topk(k, dim=-1)
-        i, j = candidates(k, first)
-        among = (best_1[..., i] + best_2[..., j]).topk(k, dim=-1).indices
-        at_1, at_2 = at_1.gather(-1, i[among]), at_2.gather(-1, j[among])
-    return first.gather(-1, at_1) + second.gather(-1, at_2), at_1 * second.shape[-1] + at_2
+@torch.no_grad()
+def choose(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The half keys, both (..., k), of the k best sums, best first; see `product_top_k`."""
+    (best_1, at_1), (best_2, at_2) = best_half_keys(first, k), best_half_keys(second, k)
+    i, j = candidates(k, first)
+    among = (best_1[..., i] + best_2[..., j]).topk(k, dim=-1).indices
+    return at_1.gather(-1, i[among]), at_2.gather(-1, j[among])
+
+
+def best_half_keys(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`torch.topk` of (..., K) scores; of many, it looks into the k groups of best maximum only.
+
+    Entries i, i + K/4, i + K/2 and i + 3K/4 are a group. Each of the k best groups has an entry
+    that is at least as good as all entries of the others.
+    """
+    size = scores.shape[-1]
+    if size % 4 or size < 16 * k:
+        best, at = scores.topk(k, dim=-1)
+        return best, at
+    groups = scores.unflatten(-1, (4, size // 4))
+    chosen = groups.amax(-2).topk(k, dim=-1, sorted=False).indices
+    entries = groups.gather(-1, chosen[..., None, :].expand(*chosen.shape[:-1], 4, k))
+    best, among = entries.flatten(-2).topk(k, dim=-1)
+    quarter = torch.div(among, k, rounding_mode="floor")
+    at = chosen.gather(-1, among - quarter * k) + quarter * (size // 4)
+    return best, at
 
 
 def candidates(k: int, scores: Tensor) -> tuple[Tensor, Tensor]:

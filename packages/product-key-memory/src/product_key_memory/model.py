@@ -28,8 +28,9 @@ from product_key_memory.legacy import (
     normalise_over_time,
     widen_statistics,
 )
-from product_key_memory.lookup import TopK, product_top_k
+from product_key_memory.lookup import choose, product_top_k
 from product_key_memory.norm import MaskedBatchNorm1D
+from product_key_memory.operators import match_known
 from product_key_memory.values import MemoryPool
 from shared_core import register_key_map
 
@@ -97,10 +98,11 @@ class _Routing(nn.Module):
 
     def half_keys(self) -> tuple[Tensor, Tensor]:
         """(h, K1, d_k) and (h, K2, d_k)."""
-        keys = self.key_norm(self.keys)
-        if keys.ndim == 4:
-            return keys[:, :, 0], keys[:, :, 1]
-        return keys[:, : self.key_sizes[0]], keys[:, self.key_sizes[0] :]
+        return self._halves(self.key_norm(self.keys))
+
+    def _halves(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = keys.unbind(2) if keys.ndim == 4 else keys.split(self.key_sizes, 1)
+        return first, second
 
     def route(
         self, x: Tensor, mask: Tensor | None, gumbel_noise_scale: float
@@ -109,17 +111,57 @@ class _Routing(nn.Module):
         queries = self.query_dropout(self._normalise(self.to_queries(x), mask))
         # (n, 2, h, d_k): the first halves of all heads, then the second halves.
         queries = queries.reshape(-1, 2, self.heads, self.dim_head)
+        keys: Tensor = self.key_norm(self.keys)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable_topk):
+            first, second = self._score(queries, keys)
+            if gumbel_noise_scale > 0.0 and (self.training or self.legacy):
+                noise = gumbel_noise(first, second)
+                first = first + noise[0] * gumbel_noise_scale
+                second = second + noise[1] * gumbel_noise_scale
+        if self.differentiable_topk:
+            scores, indices = product_top_k(
+                first, second, self.topk, half_top_k=differentiable_top_k
+            )
+            return indices, scores
+        at_1, at_2 = choose(first, second, self.topk)
+        found = first.gather(-1, at_1), second.gather(-1, at_2)
+        indices = at_1 * self.key_sizes[1] + at_2
+        if not torch.is_grad_enabled():
+            return indices, found[0] + found[1]
+        return indices, self._with_gradient(queries, keys, (at_1, at_2), found)
+
+    def _score(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of all half keys, (n, h, K1) and (n, h, K2), for queries (n, 2, h, d_k)."""
         first, second = (
-            torch.matmul(queries[:, half].transpose(0, 1), keys.mT).transpose(0, 1)
-            for half, keys in enumerate(self.half_keys())
+            torch.matmul(half.transpose(0, 1), of.mT).transpose(0, 1)
+            for half, of in zip(queries.unbind(1), self._halves(keys), strict=True)
         )
-        if gumbel_noise_scale > 0.0 and (self.training or self.legacy):
-            noise = gumbel_noise(first, second)
-            first = first + noise[0] * gumbel_noise_scale
-            second = second + noise[1] * gumbel_noise_scale
-        half_top_k: TopK | None = differentiable_top_k if self.differentiable_topk else None
-        scores, indices = product_top_k(first, second, self.topk, half_top_k=half_top_k)
-        return indices, scores
+        return first, second
+
+    def _with_gradient(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        at: tuple[Tensor, Tensor],
+        found: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The sum of the scores (n, h, k) found of half keys, whose gradient is sparse.
+
+        Only the chosen half keys get one, so it is not spread over scores of all.
+        """
+        size_1, size_2 = self.key_sizes
+        head = torch.arange(self.heads, device=keys.device)[:, None] * (size_1 + size_2)
+        if keys.ndim == 4:
+            rows = torch.stack((head + 2 * at[0], head + 2 * at[1] + 1), 1)
+        else:
+            rows = torch.stack((head + at[0], head + at[1] + size_1), 1)
+        scores = match_known(
+            keys.reshape(-1, self.dim_head),
+            rows.flatten(0, 2),
+            queries.flatten(0, 2),
+            torch.stack(found, 1).flatten(0, 2),
+        )
+        return scores.view_as(rows).sum(1)
 
     def _normalise(self, queries: Tensor, mask: Tensor | None) -> Tensor:
         """(..., 2 h d_k) -> the same."""

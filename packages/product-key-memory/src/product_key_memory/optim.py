@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from product_key_memory.checks import check_choice
+from product_key_memory.factors import collect_factors, factors_of
 from product_key_memory.gradients import (
     TableGradient,
     gradient_of,
@@ -22,7 +23,7 @@ from product_key_memory.gradients import (
     sum_over_ranks,
 )
 from product_key_memory.rules import RULES, start
-from product_key_memory.values import MemoryPool, collect_factors, factors_of
+from product_key_memory.values import MemoryPool
 
 
 def fetch_pkm_value_parameters(
@@ -230,16 +231,23 @@ class PKMOptimizer(torch.optim.Optimizer):
     def _step_table(self, table: Tensor, gradient: TableGradient, group: dict[str, Any]) -> None:
         state: dict[str, Any] = self.state[table]
         start(state, group["rule"], table)
-        values, move = local(table), RULES[group["rule"]]
+        values = local(table)
         decay = float(group["lr"]) * group["weight_decay"]
-        for part in gradient.parts():
-            moves = move(state, part, group)
+        for slots, moves in RULES[group["rule"]](table, state, gradient, group):
             if decay == 0.0 and moves.dtype == values.dtype:
-                values.index_add_(0, part.slots, moves, alpha=-1.0)
+                values.sub_(_sparse(slots, moves, values))
                 continue
-            moved = values.index_select(0, part.slots).to(moves.dtype)
+            moved = values.index_select(0, slots).to(moves.dtype)
             moved.mul_(1.0 - decay).sub_(moves)
-            values.index_copy_(0, part.slots, moved.to(values.dtype))
+            values.index_copy_(0, slots, moved.to(values.dtype))
+
+
+def _sparse(slots: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """A tensor like a table that has some rows, ascending and distinct; unlike `index_add_`, adding
+    it takes all processors."""
+    return torch.sparse_coo_tensor(
+        slots[None], rows, table.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def _check_at_least_0(**numbers: float) -> None:

@@ -1,16 +1,18 @@
 """Rules by which rows of a table move.
 
-Each takes a table's state, a part of its gradient, whose rows it may overwrite, and the options of
-the group. It advances the state of the part's slots and returns what to subtract from their rows.
+Each takes a table, its state, its gradient and the options of the group. It advances the state of
+the slots that got a gradient and yields what to subtract from their rows, a few at a time. Rows of
+zero are left out where they would move all the same, by momentum or by weight decay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from product_key_memory.gradients import Part, local, zeros_beside
+from product_key_memory.gradients import Part, TableGradient, local, zeros_beside
 
 # What keeps a division by zero away unless it is given: Adagrad's and SparseAdam's in torch.
 _EPS = {"adagrad": 1e-10, "adam": 1e-8}
@@ -28,32 +30,46 @@ def start(state: dict[str, Any], rule: str, table: Tensor) -> None:
         state["step"] += 1
 
 
-def adagrad(state: dict[str, Any], part: Part, options: dict[str, Any]) -> Tensor:
+def adagrad(
+    table: Tensor, state: dict[str, Any], gradient: TableGradient, options: dict[str, Any]
+) -> Iterator[Part]:
     """Adagrad of one accumulator a row: the sum of the mean squares of its gradients."""
-    sums = local(state["sum"])
-    total = part.norms.square_().div_(part.width).add_(sums.index_select(0, part.slots))
-    sums.index_copy_(0, part.slots, total)
+    sums, slots = local(state["sum"]), gradient.bags.slots
+    total = gradient.measure(table).square().div_(gradient.width)
+    total.add_(sums.index_select(0, slots))
+    sums.index_copy_(0, slots, total)
     scale = total.sqrt_().add_(_eps(options)).reciprocal_().mul_(float(options["lr"]))
-    return part.rows.mul_(scale[:, None])
+    return gradient.times(scale).parts(used=options["weight_decay"] > 0.0)
 
 
-def adam(state: dict[str, Any], part: Part, options: dict[str, Any]) -> Tensor:
+def adam(
+    table: Tensor,  # noqa: ARG001
+    state: dict[str, Any],
+    gradient: TableGradient,
+    options: dict[str, Any],
+) -> Iterator[Part]:
     """`torch.optim.SparseAdam`."""
     beta1, beta2 = options["betas"]
     averages, squares = local(state["exp_avg"]), local(state["exp_avg_sq"])
-    average = averages.index_select(0, part.slots).lerp_(part.rows, 1.0 - beta1)
-    averages.index_copy_(0, part.slots, average)
-    square = squares.index_select(0, part.slots).mul_(beta2)
-    square.addcmul_(part.rows, part.rows, value=1.0 - beta2)
-    squares.index_copy_(0, part.slots, square)
     bias1, bias2 = (1.0 - beta ** state["step"] for beta in (beta1, beta2))
     step_size = float(options["lr"]) * bias2**0.5 / bias1
-    return average.div_(square.sqrt_().add_(_eps(options))).mul_(step_size)
+    for slots, rows in gradient.parts(used=True):
+        average = averages.index_select(0, slots).lerp_(rows, 1.0 - beta1)
+        averages.index_copy_(0, slots, average)
+        square = squares.index_select(0, slots).mul_(beta2)
+        square.addcmul_(rows, rows, value=1.0 - beta2)
+        squares.index_copy_(0, slots, square)
+        yield Part(slots, average.div_(square.sqrt_().add_(_eps(options))).mul_(step_size))
 
 
-def sgd(state: dict[str, Any], part: Part, options: dict[str, Any]) -> Tensor:  # noqa: ARG001
+def sgd(
+    table: Tensor,  # noqa: ARG001
+    state: dict[str, Any],  # noqa: ARG001
+    gradient: TableGradient,
+    options: dict[str, Any],
+) -> Iterator[Part]:
     """Gradient descent."""
-    return part.rows.mul_(float(options["lr"]))
+    return gradient.times(float(options["lr"])).parts(used=options["weight_decay"] > 0.0)
 
 
 RULES = {"adagrad": adagrad, "adam": adam, "sgd": sgd}

@@ -1,0 +1,197 @@
+"""The demonstration of product-key-memory: what it stores, teaches, counts, writes and refuses."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distributions import ROOT
+from workers import load_module
+
+EXAMPLES = ROOT / "packages" / "product-key-memory" / "examples"
+# The demonstration is a script: its modules import each other from the folder they lie in.
+sys.path.append(str(EXAMPLES))
+
+display, facts, miniatures = map(importlib.import_module, ("display", "facts", "miniatures"))
+# Another package's demonstration has the name "demo".
+demo = load_module(EXAMPLES / "demo.py")
+
+SMALL = ("--facts", 200, "--steps", 30, "--edits", 40, "--tokens", 300)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs the demonstration here; returns its exit status, output and errors."""
+
+    def call(*options: object) -> tuple[int, str, str]:
+        try:
+            status = demo.main([*map(str, ("--out", tmp_path / "out")), *map(str, options)])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_a_small_run_shows_three_tables(run: Callable[..., Any], tmp_path: Path) -> None:
+    status, output, errors = run(*SMALL)
+    assert (status, errors) == (0, "")
+    for words in ("facts per 1000 MACs", "KL to uniform", "old facts kept", "plot", "figures"):
+        assert words in output
+    assert max(map(len, output.splitlines())) <= 100
+    assert (tmp_path / "out" / "slots.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    shares = [one["recalled"] for one in figures["stored"].values()]
+    shares += [one["usage"] for one in figures["used"].values()]
+    shares += [share for one in figures["taught"].values() for share in one["kept"]]
+    assert len(shares) == 2 + 2 + 3 * 2
+    assert all(0.0 < share <= 1.0 for share in shares)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "figures.json",
+        "slots.png",
+    ]
+
+
+def test_the_seed_says_all(run: Callable[..., Any], tmp_path: Path) -> None:
+    figures = tmp_path / "out" / "figures.json"
+    found = []
+    for seed in (3, 3, 4):
+        assert run(*SMALL, "--seed", seed)[0] == 0
+        found.append(json.loads(figures.read_text()))
+    assert found[0] == found[1]
+    assert found[0]["used"] != found[2]["used"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--facts", "1"), "--facts"),
+        (("--facts", "ten"), "ten"),
+        (("--steps", "0"), "--steps"),
+        (("--seed", "-1"), "--seed"),
+        (("--facts", "100", "--edits", "200"), "would change all"),
+        (("--fact", "100", "--nonsense"), "--nonsense"),
+    ],
+)
+def test_bad_options_take_one_line(
+    run: Callable[..., Any], options: tuple[str, ...], words: str
+) -> None:
+    status, output, errors = run(*options)
+    assert (status, output) == (2, "")
+    assert errors.count("\n") == 1
+    assert words in errors
+
+
+def test_an_unwritable_folder_takes_one_line(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, output, errors = run("--out", tmp_path / "file" / "below")
+    assert (status, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert str(tmp_path) in errors
+
+
+def test_a_model_that_stored_nothing_is_refused() -> None:
+    known = facts.Facts.draw(20, torch.Generator().manual_seed(0))
+    model = facts.FactModel(facts.memory())
+    # No question has this answer.
+    known = known._replace(answers=torch.full((20,), -1))
+    with pytest.raises(facts.DemoError, match="none of 20 facts"):
+        miniatures.forgetting(model, known, [], miniatures.fine_tune_all)
+
+
+def test_it_stops_when_asked(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "store", stop)
+    status, _, errors = run(*SMALL)
+    assert (status, errors) == (130, "demo: stopped\n")
+
+
+def test_help_is_read_by_people() -> None:
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "nox -s demo -- product-key-memory" in found.stdout
+
+
+def test_multiplications_are_those_that_are_made() -> None:
+    memory = facts.memory()
+    macs = facts.multiply_adds(memory)
+    layer = facts.feed_forward(macs)
+    questions = torch.randn(8, facts.WIDTH)
+    counted = []
+    for module in (memory, layer):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module.eval()(questions)
+        counted.append(counter.get_total_flops() // (2 * 8))
+    # The counter does not see the sum of the values.
+    assert macs == counted[0] + memory.heads * memory.topk * facts.WIDTH
+    assert facts.multiply_adds(layer) == counted[1]
+    assert 0 <= counted[1] - macs < 2 * facts.WIDTH
+
+
+def test_lessons_change_half_and_keep_the_rest_apart() -> None:
+    known = facts.Facts.draw(300, torch.Generator().manual_seed(1))
+    lessons, old = miniatures.lessons(known, 80, seed=2)
+    assert [len(lesson.answers) for lesson in lessons] == [32, 32, 16]
+    taught = torch.cat([lesson.questions for lesson in lessons])
+    answers = torch.cat([lesson.answers for lesson in lessons])
+    same = (taught[:, None] == known.questions).all(-1)
+    assert same.sum() == 40
+    at, which = same.nonzero(as_tuple=True)
+    assert (answers[at] != known.answers[which]).all()
+    assert not (old.questions[:, None] == taught).all(-1).any()
+    assert len(old.answers) == 260
+
+
+def test_chosen_slots_change_no_more_than_they_may() -> None:
+    _, model, known = miniatures.store(0, "memory", facts=300, steps=40, rows=100)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    lessons, old = miniatures.lessons(known, 64, seed=0)
+    pupil = copy.deepcopy(model)
+    miniatures.slot_teacher(pupil, old)(pupil, lessons[0])
+    changed = {name for name, x in pupil.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {"layer.values.weight"}
+    rows = (pupil.layer.values.weight != before["layer.values.weight"]).any(1).sum()
+    assert 0 < rows <= miniatures.CHOSEN
+    # What is measured is a copy.
+    miniatures.forgetting(model, old, lessons, miniatures.fine_tune_all)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_no_share_is_rounded_up_to_all() -> None:
+    assert display.percent(0.9999) == " <100 %"
+    assert display.percent(1.0) == "100.0 %"
+    assert display.percent(0.99949, 2) == "99.95 %"
+
+
+def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "figures.json"
+    display.write(path, b"first")
+
+    def fail(_: int) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(display.os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        display.write(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
