@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bench_miniatures import SEEDS, divergence, kept, learned, recalled, slots_used
-from bench_speed import TOKENS, forward, train_ours, train_reference, whole
+from bench_speed import DIM, TOKENS, forward, train_ours, train_reference, whole
 
 from bench_case import Case, Subject, Target
 
@@ -70,7 +70,12 @@ def steps() -> Iterator[Case]:
 
 
 def remembered() -> Iterator[Case]:
-    warm = {"num_keys": 64, "n": 16}
+    warm: dict[str, object] = {"num_keys": 64, "n": 16}
+    kinds: dict[str, dict[str, object]] = {
+        "ours": {"trainer": "ours"},
+        "ours, bf16 values": {"trainer": "ours", "values": "bfloat16"},
+        "reference": {"trainer": "reference"},
+    }
     for num_keys, target in ((512, 11.0), (1024, None)):
         yield Case(
             f"peak memory of training, {num_keys**2} slots",
@@ -79,14 +84,18 @@ def remembered() -> Iterator[Case]:
                 Subject(
                     name,
                     whole,
-                    {"trainer": name, "num_keys": num_keys},
-                    {"trainer": name, **warm},
-                    environment="ours" if name == "ours" else "reference",
+                    {**arguments, "num_keys": num_keys},
+                    {**arguments, **warm},
+                    environment="reference" if name == "reference" else "ours",
                 )
-                for name in ("ours", "reference")
+                for name, arguments in kinds.items()
             ],
-            [Target("reference", per="ours", at_least=target)],
-            note="the layer, its optimizers and two steps: parameters, state and gradients.",
+            [
+                Target("reference", per="ours", at_least=target),
+                Target("reference", per="ours, bf16 values"),
+            ],
+            note="the layer, its optimizers and two steps: parameters, state and gradients. The "
+            f"values alone take {num_keys**2 * DIM * 4 / 2**20:,.0f} MiB in float32.",
         )
 
 
