@@ -62,7 +62,7 @@ def test_a_small_run_shows_three_tables(run: Callable[..., Any], tmp_path: Path)
     shares = [one["recalled"] for one in figures["stored"].values()]
     shares += [one["usage"] for one in figures["used"].values()]
     shares += [share for one in figures["taught"].values() for share in one["kept"]]
-    assert len(shares) == 2 + 2 + 3 * 2
+    assert len(shares) == 2 + 2 + 4 * 2
     assert all(0.0 < share <= 1.0 for share in shares)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "figures.json",
@@ -150,7 +150,7 @@ def test_multiplications_are_those_that_are_made() -> None:
 
 def test_lessons_change_half_and_keep_the_rest_apart() -> None:
     known = facts.Facts.draw(300, torch.Generator().manual_seed(1))
-    lessons, old = miniatures.lessons(known, 80, seed=2)
+    lessons, background, examined = miniatures.lessons(known, 80, seed=2)
     assert [len(lesson.answers) for lesson in lessons] == [32, 32, 16]
     taught = torch.cat([lesson.questions for lesson in lessons])
     answers = torch.cat([lesson.answers for lesson in lessons])
@@ -158,16 +158,18 @@ def test_lessons_change_half_and_keep_the_rest_apart() -> None:
     assert same.sum() == 40
     at, which = same.nonzero(as_tuple=True)
     assert (answers[at] != known.answers[which]).all()
-    assert not (old.questions[:, None] == taught).all(-1).any()
-    assert len(old.answers) == 260
+    rest = torch.cat((background.questions, examined.questions))
+    assert not (rest[:, None] == taught).all(-1).any()
+    assert len(background.answers) == len(examined.answers) == 130
+    assert len(rest.unique(dim=0)) == 260
 
 
 def test_chosen_slots_change_no_more_than_they_may() -> None:
     _, model, known = miniatures.store(0, "memory", facts=300, steps=40, rows=100)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    lessons, old = miniatures.lessons(known, 64, seed=0)
+    lessons, background, old = miniatures.lessons(known, 64, seed=0)
     pupil = copy.deepcopy(model)
-    miniatures.slot_teacher(pupil, old)(pupil, lessons[0])
+    miniatures.slot_teacher(pupil, background)(pupil, lessons[0])
     changed = {name for name, x in pupil.state_dict().items() if not torch.equal(x, before[name])}
     assert changed == {"layer.values.weight"}
     rows = (pupil.layer.values.weight != before["layer.values.weight"]).any(1).sum()
@@ -178,7 +180,7 @@ def test_chosen_slots_change_no_more_than_they_may() -> None:
 
 
 def test_no_share_is_rounded_up_to_all() -> None:
-    assert display.percent(0.9999) == " <100 %"
+    assert display.percent(0.9999) == "<100 %"
     assert display.percent(1.0) == "100.0 %"
     assert display.percent(0.99949, 2) == "99.95 %"
 

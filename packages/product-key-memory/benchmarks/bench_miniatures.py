@@ -40,9 +40,10 @@ def _used(seed: int, query_norm: str) -> Any:
 def _taught(seed: int, teacher: str) -> Any:
     module = _miniatures()
     _, model, known = _stored(seed, "memory")
-    lessons, old = module.lessons(known, 320, seed)
+    lessons, background, old = module.lessons(known, 320, seed)
     teach = {
-        "chosen slots": lambda: module.slot_teacher(model, old),
+        "chosen slots": lambda: module.slot_teacher(model, background),
+        "all slots it reads": lambda: module.fine_tune_read_slots,
         "all weights": lambda: module.fine_tune_all,
         "all weights, Adam": lambda: module.fine_tune_by_adam,
     }[teacher]()

@@ -5,9 +5,10 @@
     nox -s demo -- product-key-memory --facts 32768   more facts in as many slots
     nox -s demo -- product-key-memory --out FOLDER    where the plot and the figures go
 
-Shows what a memory stores beside a feed-forward layer which costs as much, how many of its slots
-tokens use that resemble each other, and what it forgets when taught by all its weights or by a
-few slots. The output folder receives a plot of the slots' use and the figures in full precision.
+Shows what a memory stores beside a feed-forward layer of as many multiplications, how many of its
+slots tokens use that resemble each other, and what it forgets when taught by all its weights or by
+some of its slots. The output folder receives a plot of the slots' use and the figures in full
+precision.
 """
 
 from __future__ import annotations
@@ -130,13 +131,14 @@ def store(options: argparse.Namespace) -> tuple[dict[str, Stored], FactModel, Fa
     rows = {
         name: (
             f"{one.macs:,}",
+            f"{one.parameters:,}",
             percent(one.recalled),
             f"{1000 * one.recalled * options.facts / one.macs:,.0f}",
         )
         for name, one in results.items()
     }
     print()
-    table("stored", ("MACs", "recalled", "facts per 1000 MACs"), rows)
+    table("stored", ("MACs", "parameters", "recalled", "facts per 1000 MACs"), rows)
     return results, model, known
 
 
@@ -152,11 +154,12 @@ def count(options: argparse.Namespace) -> dict[str, Used]:
 
 
 def teach(options: argparse.Namespace, model: FactModel, known: Facts) -> dict[str, Taught]:
-    lessons, old = miniatures.lessons(known, options.edits, options.seed)
+    lessons, background, old = miniatures.lessons(known, options.edits, options.seed)
     print(f"lessons   {options.edits} facts in {len(lessons)} lessons of up to {LESSON}, half of")
     print(f"{INDENT}them other answers to what was stored", flush=True)
     teachers = {
-        "chosen slots": miniatures.slot_teacher(model, old),
+        "chosen slots": miniatures.slot_teacher(model, background),
+        "all slots it reads": miniatures.fine_tune_read_slots,
         "all weights, rates as before": miniatures.fine_tune_all,
         "all weights, Adam at 3e-4": miniatures.fine_tune_by_adam,
     }

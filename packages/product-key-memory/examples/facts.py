@@ -99,7 +99,7 @@ def feed_forward(mac: int) -> nn.Sequential:
 def multiply_adds(layer: nn.Module) -> int:
     """Multiplications with additions which a layer makes for a question.
 
-    Of a memory: the queries, the scores of all half keys, and the weighted sum of the values.
+    Of a memory: the queries, the scores of all sub-keys, and the weighted sum of the values.
     """
     if isinstance(layer, PKM):
         queries = layer.to_queries.weight.numel()

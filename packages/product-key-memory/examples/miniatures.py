@@ -43,16 +43,23 @@ LESSON = 32
 LEARNED = 0.99
 MOST_STEPS = 200
 # Slots that a lesson may change, of about 1000 that it reads, and the rate (Adagrad).
-CHOSEN = 768
+CHOSEN = 512
 CHOSEN_RATE = 0.5
 ADAM_RATE = 3e-4
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a layer stored: `recalled` of the facts, for `macs` multiplications with additions."""
+    """What a layer stored.
+
+    Attributes:
+        macs: multiplications with additions of a question, without the readout's.
+        parameters: of the layer.
+        recalled: share of the facts.
+    """
 
     macs: int
+    parameters: int
     recalled: float
 
 
@@ -79,7 +86,8 @@ def store(
     model = FactModel(layer)
     rows = min(rows, facts)
     learn(model, known, steps=steps, rows=rows, generator=generator, tick=tick)
-    return Stored(multiply_adds(layer), _share(model.recalls(known))), model, known
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    return Stored(multiply_adds(layer), parameters, _share(model.recalls(known))), model, known
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,13 @@ class Taught:
     at_once: float
 
 
-def lessons(known: Facts, number: int, seed: int) -> tuple[list[Facts], Facts]:
-    """Lessons of 32 facts, half of them other answers to known questions, and what is to stay."""
+def lessons(known: Facts, number: int, seed: int) -> tuple[list[Facts], Facts, Facts]:
+    """Lessons of 32 facts, half of them other answers to known questions.
+
+    Returns:
+        The lessons, and two halves of what is to stay: one by which a teacher may choose slots, and
+        one to examine by.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(known.answers), generator=generator)
     changed = known.at(order[: number // 2])
@@ -158,7 +171,9 @@ def lessons(known: Facts, number: int, seed: int) -> tuple[list[Facts], Facts]:
     new = Facts.draw(number - len(changed.answers), generator)
     mixed = torch.randperm(number, generator=generator)
     both = Facts(*(torch.cat(pair)[mixed] for pair in zip(changed, new, strict=True)))
-    return both.batches(LESSON), known.at(order[number // 2 :])
+    rest = order[number // 2 :]
+    half = len(rest) // 2
+    return both.batches(LESSON), known.at(rest[:half]), known.at(rest[half:])
 
 
 def fine_tune_all(model: FactModel, lesson: Facts) -> None:
@@ -171,6 +186,16 @@ def fine_tune_by_adam(model: FactModel, lesson: Facts) -> None:
     tables, rest = fetch_pkm_value_parameters(model)
     by_adam = PKMOptimizer(tables, ADAM_RATE, rule="adam")
     _teach(model, lesson, [torch.optim.Adam(rest, ADAM_RATE), by_adam])
+
+
+def fine_tune_read_slots(model: FactModel, lesson: Facts) -> None:
+    """Trains all slots that a lesson reads, and nothing else."""
+    stats = SlotStats(model)
+    with torch.no_grad(), stats:
+        model(lesson.questions)
+    read = {name: pool.counts > 0 for name, pool in stats.pools.items()}
+    with sparse_finetune(model, read) as session:
+        _teach(model, lesson, [torch.optim.Adagrad(session.parameters(), CHOSEN_RATE)])
 
 
 def slot_teacher(model: FactModel, known: Facts) -> Callable[[FactModel, Facts], None]:

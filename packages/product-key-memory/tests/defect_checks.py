@@ -223,7 +223,7 @@ def check_too_many_slots_are_refused_at_once(lib: Library, device: torch.device)
         make_pkm(lib, device, topk=7)
     except ValueError:
         return
-    raise AssertionError("topk=7 of 6 half keys was accepted")
+    raise AssertionError("topk=7 of 6 sub-keys was accepted")
 
 
 def check_two_dimensions(lib: Library, device: torch.device) -> None:

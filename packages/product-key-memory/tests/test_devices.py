@@ -210,11 +210,25 @@ def test_router_goes_everywhere(device: torch.device) -> None:
     assert_exports(make().to(device), given[0], ({1: n}, {1: n}), given[1])
 
 
+def test_every_module_can_be_drawn_anew(changes: dict[str, Any]) -> None:
+    """As frameworks do that build a model on the meta device."""
+    pkm = PKM(**(SETTINGS | changes))
+    with torch.no_grad():
+        for parameter in pkm.parameters():
+            parameter.fill_(torch.nan)
+    for module in pkm.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in pkm.parameters())
+
+
 # Files
 
 
-def test_hub(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_hub(tmp_path: Path, changes: dict[str, Any], dtype: str | None) -> None:
     x, _ = tokens(torch.device("cpu"))
+    changes["values_dtype"] = dtype
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(PKM).parameters.items()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from product_key_memory import product_top_k
-from product_key_memory.lookup import best_half_keys, candidates
+from product_key_memory.lookup import best_sub_keys, candidates
 from shared_core.testing import assert_compiles, assert_same_gradients
 
 
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     k = draw(st.integers(1, 64))
-    # From 16 k on half keys are chosen in groups, where their number can be divided by 4.
+    # From 16 k on sub-keys are chosen in groups, where their number can be divided by 4.
     least = draw(st.sampled_from([k, k, 16 * k]))
     return Case(
         leading=draw(st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0, 3)])),
@@ -82,28 +82,28 @@ def test_equals_scoring_every_slot_ten_thousand_times(device: torch.device, case
 
 
 @given(k=st.integers(1, 8), quarter=st.integers(4, 9), levels=st.integers(1, 9), seed=st.integers())
-def test_half_keys_in_groups(
+def test_sub_keys_in_groups(
     device: torch.device, k: int, quarter: int, levels: int, seed: int
 ) -> None:
     """As torch.topk, but that ties may be others."""
     generator = torch.Generator().manual_seed(seed % 2**32)
     scores = torch.randint(levels, (5, 4 * quarter * k), generator=generator).to(device)
-    best, at = best_half_keys(scores.double(), k)
+    best, at = best_sub_keys(scores.double(), k)
     assert torch.equal(best, scores.double().topk(k).values)
     assert torch.equal(scores.gather(-1, at), best.long())
     assert (at.sort().values.diff() > 0).all()
 
 
 def unsorted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Promises no order, as a half_top_k of somebody else may not."""
+    """Promises no order, as a sub_top_k of somebody else may not."""
     best, at = scores.topk(k, dim=-1)
     return best.flip(-1), at.flip(-1)
 
 
 @settings(max_examples=50)
 @given(case=cases())
-def test_another_choice_among_half_keys(device: torch.device, case: Case) -> None:
-    assert_exact(case, device, half_top_k=unsorted)
+def test_another_choice_among_sub_keys(device: torch.device, case: Case) -> None:
+    assert_exact(case, device, sub_top_k=unsorted)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 32, 64])
@@ -140,7 +140,7 @@ def test_gradients(device: torch.device, case: Case, custom: bool) -> None:
         case = case._replace(leading=(2,))
     # No two alike: between ties the gradient may go either way.
     case = case._replace(levels=0, dtype=torch.float64)
-    options: dict[str, Any] = {"half_top_k": unsorted} if custom else {}
+    options: dict[str, Any] = {"sub_top_k": unsorted} if custom else {}
 
     def dense(first: Tensor, second: Tensor) -> Tensor:
         sums = (first[..., :, None] + second[..., None, :]).flatten(-2)
@@ -172,7 +172,7 @@ def test_strides_do_not_matter(device: torch.device) -> None:
 
 
 def test_infinite_scores(device: torch.device) -> None:
-    """Half keys can be ruled out by a score of minus infinity."""
+    """Sub-keys can be ruled out by a score of minus infinity."""
     first, second = Case((4,), (8, 8), 3, 0, torch.float64, 0).build(device)
     first[:, :5] = -torch.inf
     second[:, 3:] = -torch.inf

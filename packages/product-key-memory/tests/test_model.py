@@ -298,7 +298,7 @@ def test_router_finds_the_best_slots(device: torch.device, randn: Any, num_keys:
     slots, scores = router(x)
     assert slots.dtype == torch.int64
     queries = router.norm((x @ router.to_queries.weight.T).unflatten(-1, (2, 2, 3)))
-    c1, c2 = router.half_keys()
+    c1, c2 = router.sub_keys()
     assert c1.shape[1] * c2.shape[1] == router.num_memories
     for place in ((0, 0), (0, 2), (1, 1)):
         for head in range(2):
@@ -560,7 +560,7 @@ def test_noise_chooses_by_softmax(device: torch.device, randn: Any) -> None:
     router.to(device, torch.float64)
     x = randn(12)
     queries = router.norm((x @ router.to_queries.weight.T).unflatten(-1, (2, 3)))
-    c1, c2 = router.half_keys()
+    c1, c2 = router.sub_keys()
     expected = oracle.slot_scores(queries[0], queries[1], c1[0], c2[0]).softmax(-1)
     slots, _ = router(x.expand(20_000, 12), gumbel_noise_scale=1.0)
     found = slots.flatten().bincount(minlength=12) / 20_000
@@ -636,7 +636,7 @@ def test_dropout_where_it_belongs(make_pkm: Any, randn: Any) -> None:
 
 
 def test_differentiable_topk(device: torch.device, make_pkm: Any, randn: Any) -> None:
-    """The same choice and values; a gradient to half keys that were not chosen as well."""
+    """The same choice and values; a gradient to sub-keys that were not chosen as well."""
     pytest.importorskip("colt5_attention")
     x = randn(2, 5, 12)
     plain, soft = make_pkm(), make_pkm(differentiable_topk=True)
@@ -772,7 +772,7 @@ def test_statistics_of_the_reference_are_repeated(make_pkm: Any, randn: Any, pre
     assert pkm.norm.fn.num_batches_tracked == 11
     for name, y in small.items():
         assert pkm.state_dict()[f"norm.fn.{name}"].equal(y.repeat(4))
-    # What it computes: every half query by the same statistics.
+    # What it computes: every sub-query by the same statistics.
     x = randn(2, 5, 12)
     halves = (x @ state["to_queries.weight"].T).unflatten(-1, (4, 6))
     halves = (halves - small["running_mean"]) / (small["running_var"] + 1e-5).sqrt()

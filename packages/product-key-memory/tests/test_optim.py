@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -327,12 +328,35 @@ def test_norms_are_those_of_the_rows(device: torch.device, seed: int, often: boo
     norms = torch.zeros(SLOTS, dtype=torch.float64, device=device)
     norms[gradient.bags.slots] = gradient.measure(table)
     torch.testing.assert_close(norms, dense.norm(dim=1), atol=1e-12, rtol=0)
-    # Each row times a number of its own.
-    scale = torch.rand(SLOTS, generator=generator, dtype=torch.float64).to(device)
-    scaled = torch.zeros_like(dense)
-    for slots, rows in gradient.times(scale[gradient.bags.slots]).parts(used=False):
-        scaled[slots] = rows
-    torch.testing.assert_close(scaled, dense * scale[:, None], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gradient_that_cancels_moves_nothing(
+    device: torch.device, rule: str, decay: float
+) -> None:
+    """In float32, where 5 * 7 u and -7 * 5 u times anything may not cancel."""
+    table = nn.Parameter(torch.ones(SLOTS, WIDTH, device=device))
+    optimizer = PKMOptimizer([table], rule=rule, weight_decay=decay)
+    u = torch.linspace(0.5, 2.0, WIDTH, device=device)
+    slots = torch.full((2, 1), 3, device=device)
+    weights = torch.tensor([[5.0], [-7.0]], device=device)
+    collect(table, Factors(slots, weights, torch.stack((7 * u, 5 * u)).round(decimals=1)))
+    assert dense_gradient(*factors_of(table)).eq(0).all()
+    optimizer.step()
+    assert table.eq(1.0).all()
+
+
+def test_no_eps(device: torch.device) -> None:
+    """Of tokens without a gradient: nothing divided by nothing."""
+    table = nn.Parameter(torch.zeros(SLOTS, WIDTH, device=device))
+    optimizer = PKMOptimizer([table], eps=0.0)
+    slots = torch.tensor([[0], [1]], device=device)
+    x = torch.tensor([[1.0], [0.0]], device=device).expand(2, WIDTH)
+    collect(table, Factors(slots, torch.ones(2, 1, device=device), x))
+    optimizer.step()
+    assert table[0].ne(0).all()
+    assert table[1:].eq(0).all()
 
 
 def test_adagrad_moves_a_row_by_the_learning_rate_at_first(device: torch.device) -> None:
@@ -647,22 +671,26 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, Tensor) and one.untyped_storage().nbytes() >= 8 * 4000 * WIDTH:
-                address = one.untyped_storage().data_ptr()
+            if not isinstance(one, Tensor):
+                continue
+            storage = (one._values() if one.is_sparse else one).untyped_storage()
+            if storage.nbytes() >= 8 * 4000 * WIDTH:
+                address = storage.data_ptr()
                 if address not in self.known:
                     self.known.add(address)
                     self.found.append(str(func))
         return out
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("rule", "tables"), [("adagrad", 0), ("adam", 2), ("sgd", 0)])
 def test_nothing_of_a_table_s_size_is_made(
-    device: torch.device, rule: str, tables: int, dtype: torch.dtype
+    device: torch.device, rule: str, tables: int, dtype: torch.dtype, decay: float
 ) -> None:
     """Besides Adam's state, once: forward, backward and step, with decay and clipping."""
     pkm = PKM(WIDTH, num_keys=128, topk=2, dim_head=2, values_grad="factored").to(device, dtype)
-    optimizer = PKMOptimizer([pkm.values.weight], rule=rule, weight_decay=0.1, max_grad_norm=1.0)
+    optimizer = PKMOptimizer([pkm.values.weight], rule=rule, weight_decay=decay, max_grad_norm=1.0)
     sizes = Sizes([pkm.values.weight])
     for _ in range(2):
         with sizes:
@@ -799,6 +827,7 @@ def spread_equals_whole(style: str, rule: str, values_grad: str) -> None:
     styles: dict[str, Any] = {"rows": RowwiseValues, "columns": ColumnwiseValues}
     parallelize_module(spread, mesh, styles[style](input_layouts=Replicate()))
     options: dict[str, Any] = {"rule": rule, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    options["process_group"] = dist.group.WORLD
     optimizers = [PKMOptimizer([pool.weight], 0.1, **options) for pool in (whole, spread)]
     for step in range(3):
         indices = torch.randint(9, (4, 3))
@@ -815,6 +844,85 @@ def spread_equals_whole(style: str, rule: str, values_grad: str) -> None:
     for name, value in optimizers[0].state[whole.weight].items():
         ours = saved[name]
         close(ours.full_tensor() if isinstance(ours, DTensor) else ours, value)
+
+
+def copies_equal_one(rule: str, reads: list[list[int]]) -> None:
+    """Ranks with tokens of their own, `reads` of so many each, as one process that has them all."""
+    tables = [nn.Parameter(torch.ones(SLOTS, WIDTH, dtype=torch.float64)) for _ in range(2)]
+    options: dict[str, Any] = {"rule": rule, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    copied = PKMOptimizer([tables[0]], 0.1, **options, process_group=dist.group.WORLD)
+    for step in range(3):
+        drawn = [
+            [make_factors(tables[0], 100 * step + 10 * rank + n, n) for n in sizes]
+            for rank, sizes in enumerate(reads)
+        ]
+        collect(tables[0], *drawn[dist.get_rank()])
+        copied.step()
+        assert factors_of(tables[0]) == []
+    alone = PKMOptimizer([tables[1]], 0.1, **options, process_group=dist.new_group([0]))
+    if dist.get_rank() == 1:
+        return
+    for step in range(3):
+        for rank, sizes in enumerate(reads):
+            for n in sizes:
+                one = make_factors(tables[1], 100 * step + 10 * rank + n, n)
+                collect(tables[1], one._replace(weights=one.weights / len(reads)))
+        alone.step()
+    close(tables[0], tables[1])
+
+
+def check_copies() -> None:
+    for rule in RULES:
+        for reads in ([[3], [2]], [[3, 1], []], [[], []], [[2, 4], [1]]):
+            copies_equal_one(rule, reads)
+    table = nn.Parameter(torch.ones(SLOTS, WIDTH, dtype=torch.float64))
+    optimizer = PKMOptimizer([table])
+    optimizer.step()
+    collect(table, make_factors(table, 0))
+    with pytest.raises(RuntimeError, match=r"2 processes .* 1 reads in this one"):
+        optimizer.step()
+    # What is infinite on one rank is left out by all.
+    optimizer = PKMOptimizer([table], process_group=dist.group.WORLD)
+    before = table.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    if dist.get_rank() == 1:
+        factors_of(table)[0].x[0, 0] = float("inf")
+    scaler.step(optimizer)
+    assert torch.equal(table, before)
+
+
+def train_copies(group: Any) -> tuple[nn.Module, nn.Module]:
+    """A layer under data parallelism, and one that has the tokens of both ranks."""
+    torch.manual_seed(0)
+    alone = PKM(WIDTH, num_keys=5, topk=3, dim_head=4, values_grad="factored").double()
+    copied = copy.deepcopy(alone)
+    wrapped = nn.parallel.DistributedDataParallel(copied)
+    x = torch.randn(3, 2, 4, WIDTH, dtype=torch.float64)
+    for module, call, own in ((alone, alone, None), (copied, wrapped, dist.get_rank())):
+        values, rest = fetch_pkm_value_parameters(module)
+        own_group = group if own is None else dist.group.WORLD
+        optimizers = [torch.optim.SGD(rest, 0.1), PKMOptimizer(values, process_group=own_group)]
+        for batch in x:
+            tokens = batch if own is None else batch[own]
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            call(tokens).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    return copied, alone
+
+
+def check_data_parallelism() -> None:
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    copied, alone = train_copies(groups[dist.get_rank()])
+    for ours, plain in zip(copied.parameters(), alone.parameters(), strict=True):
+        close(ours, plain)
+
+
+@pytest.mark.parametrize("check", [check_copies, check_data_parallelism])
+def test_copied_tables_move_as_one(check: Callable[[], None]) -> None:
+    run_ranks(check, 2)
 
 
 def check_spread_tables() -> None:

@@ -463,3 +463,72 @@ def test_a_pool_compiles_and_exports(device: torch.device) -> None:
     assert_exports(
         pool, (indices, weights, trainable), ({0: n}, {0: n}, None), (more, other, trainable)
     )
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("slot", [-1, 20, 10**9])
+def test_slots_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, private: bool, slot: int
+) -> None:
+    if not private:
+        monkeypatch.setattr(operators, "_PAIRS", None)
+    pool = MemoryPool(20, 8, experts=True)
+    indices = torch.randint(20, (6, 4))
+    indices[2, 1] = slot
+    with pytest.raises(IndexError, match="indices must be from 0 to 19, got"):
+        pool.activations(indices, torch.randn(6, 8))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (9, 8), (6, 5)])
+def test_tokens_that_do_not_fit(device: torch.device, shape: tuple[int, int]) -> None:
+    pool = MemoryPool(20, 8, experts=True).to(device)
+    indices = torch.randint(20, (6, 4), device=device)
+    with pytest.raises(ValueError, match=r"x must be \(6, 8\), got shape"):
+        pool(indices, torch.rand(6, 4, device=device), None, torch.randn(*shape, device=device))
+    with pytest.raises(ValueError, match=r"x must be \(6, 8\), got shape"):
+        match(pool.weight, indices, torch.randn(*shape, device=device))
+    with pytest.raises(TypeError, match="x must be floating point"):
+        pool.activations(indices, torch.ones(6, 8, dtype=torch.int64, device=device))
+
+
+def test_gradients_that_nobody_asked_for(device: torch.device) -> None:
+    """Those of other inputs go through the table's, too."""
+    _, indices, weights, _ = build(3, 4, 5, 2, device)
+    pool = MemoryPool(5, 2, values_grad="factored").to(device, torch.float64)
+    weights.requires_grad_()
+    # No one has to hold the table for them.
+    torch.autograd.grad(pool(indices, weights).sum(), weights)
+    factors = collect_factors(pool.weight)
+    torch.autograd.grad(pool(indices, weights).sum(), weights)
+    pool(indices, weights).sum().backward(inputs=[weights])
+    assert factors == []
+    pool(indices, weights).sum().backward()
+    assert len(factors) == 1
+
+
+def test_a_pickled_table_has_collected_nothing(device: torch.device) -> None:
+    _, indices, weights, _ = build(3, 4, 5, 2, device)
+    pool = MemoryPool(5, 2, values_grad="factored").to(device, torch.float64)
+    collect_factors(pool.weight)
+    pool(indices, weights).sum().backward()
+    twin = pickle.loads(pickle.dumps(pool))
+    with pytest.raises(RuntimeError, match="none holds this"):
+        twin(indices, weights).sum().backward()
+    assert collect_factors(twin.weight) == []
+    assert len(factors_of(pool.weight)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_factored_gradients_break_a_graph_and_train(device: torch.device) -> None:
+    _, indices, weights, _ = build(3, 4, 5, 2, device)
+    pool = MemoryPool(5, 2, values_grad="factored").to(device, torch.float64)
+    factors = collect_factors(pool.weight)
+    torch.compile(pool, backend="eager")(indices, weights).sum().backward()
+    assert len(factors) == 1
+
+
+def test_a_type_by_its_name() -> None:
+    assert MemoryPool(4, 3, dtype="bfloat16").weight.dtype == torch.bfloat16
+    for wrong in ("int64", "nonsense", "nn"):
+        with pytest.raises(TypeError, match=f"dtype or its name, got '{wrong}'"):
+            MemoryPool(4, 3, dtype=wrong)

@@ -23,10 +23,19 @@ def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
 
 
-def check_dtype(name: str, dtype: torch.dtype | None) -> None:
-    """Raises TypeError unless `dtype` is None or floating point."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{name} must be a floating-point torch.dtype, got {dtype!r}")
+def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The type of a name; raises TypeError unless it is floating point, or None."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise TypeError(f"{name} must be a floating-point torch.dtype or its name, got {dtype!r}")
+
+
+def check_at_least_0(**numbers: float) -> None:
+    """Raises ValueError unless all are numbers of at least 0."""
+    for name, number in numbers.items():
+        if not number >= 0.0:
+            raise ValueError(f"{name} must be at least 0, got {number}")
 
 
 def check_probability(**numbers: float) -> None:
@@ -42,6 +51,14 @@ def check_input(x: Tensor, dim: int) -> None:
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.ndim < 1 or x.shape[-1] != dim:
         raise ValueError(f"x must be (..., {dim}), got shape {tuple(x.shape)}")
+
+
+def check_tokens(x: Tensor, n: int, dim: int) -> None:
+    """Raises unless x is (n, dim), floating point."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if tuple(x.shape) != (n, dim):
+        raise ValueError(f"x must be {(n, dim)}, got shape {tuple(x.shape)}")
 
 
 def check_mask(mask: Tensor, shape: Sequence[int]) -> None:

@@ -39,28 +39,25 @@ class TableGradient(NamedTuple):
         bags: tokens by slot, u slots.
         x: (n, d) what they add to a slot, times their weight.
         width: of whole rows, where x are some columns.
-        norms: (u,) of whole rows, where they are known.
+        norms: (u,) of whole rows, where they are known; not yet scaled.
+        scale: (u,) or a number, by which the rows are to be multiplied.
     """
 
     bags: Bags
     x: Tensor
     width: int
     norms: Tensor | None = None
+    scale: Tensor | float = 1.0
 
-    def times(self, scale: float | Tensor) -> TableGradient:
-        """The gradient times a number, or its rows times (u,) numbers of at least 0."""
-        if isinstance(scale, float) and scale == 1.0:
-            return self
-        norms = None if self.norms is None else self.norms * scale
-        if isinstance(scale, Tensor):
-            scale = scale.repeat_interleave(self.bags.starts.diff())
-        bags = self.bags._replace(weights=self.bags.weights * scale)
-        return self._replace(bags=bags, norms=norms)
+    def times(self, scale: Tensor | float) -> TableGradient:
+        """The gradient times a number of at least 0, or times (u,) of them."""
+        # Kept beside it: where a row cancels, the products of rounded weights might not.
+        return self._replace(scale=self.scale * scale)
 
     def measure(self, table: Tensor) -> Tensor:
         """The norms (u,) of its rows, whichever rank has their columns."""
         if self.norms is not None:
-            return self.norms
+            return self.norms * self.scale
         first, counts = self.bags.starts[:-1], self.bags.starts.diff()
         # Most slots have one token, and with it the norm of its vector.
         tokens = self.x.square().sum(1)
@@ -73,25 +70,37 @@ class TableGradient(NamedTuple):
         )
         for at, rows in bag_rows(bags, self.x):
             squares[at] = rows.square_().sum(1)
-        return sum_over_ranks(squares, table, (1,)).sqrt_()
+        return sum_over_ranks(squares, table, (1,)).sqrt_().mul_(self.scale)
 
     def parts(self, *, used: bool) -> Iterator[Part]:
         """Its rows, a few at a time; where `used`, without those that are zero on all ranks."""
         first = 0
         for slots, rows in bag_rows(self.bags, self.x):
-            if not used:
+            here = slice(first, first + len(slots))
+            first = here.stop
+            some = rows.any(1) if used else None
+            if some is not None and self.norms is not None:
+                some |= self.norms[here] != 0
+            if isinstance(self.scale, Tensor):
+                rows.mul_(self.scale[here, None])
+            elif self.scale != 1.0:
+                rows.mul_(self.scale)
+            if some is None or some.all():
                 yield Part(slots, rows)
-                continue
-            some = rows.any(1)
-            if self.norms is not None:
-                some |= self.norms[first : first + len(slots)] != 0
-                first += len(slots)
-            yield Part(slots, rows) if some.all() else Part(slots[some], rows[some])
+            else:
+                yield Part(slots[some], rows[some])
 
 
-def gradient_of(table: Tensor) -> TableGradient | None:
-    """What was collected and what is in `.grad` together, or None where nothing is."""
+def gradient_of(table: Tensor, group: dist.ProcessGroup | None = None) -> TableGradient | None:
+    """What was collected and what is in `.grad` together, or None where nothing is.
+
+    Args:
+        group: ranks with tokens of their own and copies of the table: the mean of what they have
+            collected. `.grad` is taken for a mean already, as data parallelism leaves it.
+    """
     factors = list(factors_of(table))
+    if group is not None:
+        factors = _of_all_ranks(factors, table, group)
     if table.grad is not None:
         factors.append(_as_factors(local(table.grad), by_column=bool(_groups(table, (1,)))))
     if not factors:
@@ -113,11 +122,43 @@ def gradient_of(table: Tensor) -> TableGradient | None:
     return gradient
 
 
-def is_finite(table: Tensor) -> bool:
-    """Whether all that was collected is finite, on all ranks that share the table."""
+def _of_all_ranks(factors: list[Factors], table: Tensor, group: dist.ProcessGroup) -> list[Factors]:
+    """What every rank of a group has collected, the weights divided by their number."""
+    ranks = dist.get_world_size(group)
+    own = torch.tensor([len(factors)], device=table.device)
+    counts = [torch.zeros_like(own) for _ in range(ranks)]
+    dist.all_gather(counts, own, group=group)
+    found = []
+    for number in range(int(max(counts))):
+        # A rank may have fewer, or none: empty ones take their place.
+        nothing = table.new_zeros(0, 0)
+        empty = Factors(nothing.long(), nothing, table.new_zeros(0, table.shape[1]))
+        one = factors[number] if number < len(factors) else empty
+        shape = torch.tensor([*one.indices.shape], device=table.device)
+        shapes = [torch.zeros_like(shape) for _ in range(ranks)]
+        dist.all_gather(shapes, shape, group=group)
+        rows, columns = torch.stack(shapes).amax(0).tolist()
+        missing = rows - len(one.x), columns - one.indices.shape[1]
+        # What is padded has a weight of 0, and so no part in the gradient.
+        padded = (
+            F.pad(one.indices, (0, missing[1], 0, missing[0])),
+            F.pad(one.weights, (0, missing[1], 0, missing[0])) / ranks,
+            F.pad(one.x, (0, 0, 0, missing[0])),
+        )
+        gathered = [torch.empty_like(x).repeat(ranks, 1) for x in padded]
+        for into, x in zip(gathered, padded, strict=True):
+            dist.all_gather_into_tensor(into, x.contiguous(), group=group)
+        found.append(Factors(*gathered))
+    return found
+
+
+def is_finite(table: Tensor, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether all that was collected is finite, on all ranks that share or copy the table."""
     wrong = torch.zeros((), device=table.device)
     for _, weights, x in factors_of(table):
         wrong += ~(weights.isfinite().all() & x.isfinite().all())
+    if group is not None:
+        dist.all_reduce(wrong, group=group)
     return not sum_over_ranks(wrong, table)
 
 

@@ -1,7 +1,7 @@
-"""Product-key lookup: the best of K1 x K2 slots from the scores of K1 + K2 half keys.
+"""Product-key lookup: the best of K1 x K2 slots from the scores of K1 + K2 sub-keys.
 
-A slot i of a memory is a pair of half keys, i = i1 * K2 + i2, and its score is the sum of theirs
-(Lample et al. 2019, arXiv 1907.05242, section 3.1). Shapes: K1, K2 half keys, k slots kept.
+A slot i of a memory is a pair of sub-keys, i = i1 * K2 + i2, and its score is the sum of theirs
+(Lample et al. 2019, arXiv 1907.05242, section 3.1). Shapes: K1, K2 sub-keys, k slots kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TopK = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def product_top_k(
-    first: Tensor, second: Tensor, k: int, *, half_top_k: TopK | None = None
+    first: Tensor, second: Tensor, k: int, *, sub_top_k: TopK | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k best sums of one score of each half, exactly those of all K1 * K2 sums.
 
@@ -29,7 +29,7 @@ def product_top_k(
         first: (..., K1) scores.
         second: (..., K2) scores.
         k: slots to keep, at most min(K1, K2).
-        half_top_k: chooses among half keys; `torch.topk` by default.
+        sub_top_k: chooses among sub-keys; `torch.topk` by default.
 
     Returns:
         Scores (..., k) in descending order and slots (..., k), int64; ties in any order.
@@ -44,14 +44,14 @@ def product_top_k(
         )
     if not 1 <= k <= min(first.shape[-1], second.shape[-1]):
         raise ValueError(
-            f"k must be from 1 to the number of half keys, got k={k} and "
-            f"{first.shape[-1]} x {second.shape[-1]} half keys"
+            f"k must be from 1 to the number of sub-keys, got k={k} and "
+            f"{first.shape[-1]} x {second.shape[-1]} sub-keys"
         )
-    if half_top_k is None:
+    if sub_top_k is None:
         at_1, at_2 = choose(first, second, k)
         scores = first.gather(-1, at_1) + second.gather(-1, at_2)
         return scores, at_1 * second.shape[-1] + at_2
-    (best_1, at_1), (best_2, at_2) = half_top_k(first, k), half_top_k(second, k)
+    (best_1, at_1), (best_2, at_2) = sub_top_k(first, k), sub_top_k(second, k)
     rank_1, rank_2 = choose(best_1, best_2, k)
     scores = best_1.gather(-1, rank_1) + best_2.gather(-1, rank_2)
     return scores, at_1.gather(-1, rank_1) * second.shape[-1] + at_2.gather(-1, rank_2)
@@ -59,14 +59,14 @@ def product_top_k(
 
 @torch.no_grad()
 def choose(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The half keys, both (..., k), of the k best sums, best first; see `product_top_k`."""
-    (best_1, at_1), (best_2, at_2) = best_half_keys(first, k), best_half_keys(second, k)
+    """The sub-keys, both (..., k), of the k best sums, best first; see `product_top_k`."""
+    (best_1, at_1), (best_2, at_2) = best_sub_keys(first, k), best_sub_keys(second, k)
     i, j = candidates(k, first)
     among = (best_1[..., i] + best_2[..., j]).topk(k, dim=-1).indices
     return at_1.gather(-1, i[among]), at_2.gather(-1, j[among])
 
 
-def best_half_keys(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best_sub_keys(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`torch.topk` of (..., K) scores; of many, it looks into the k groups of best maximum only.
 
     Entries i, i + K/4, i + K/2 and i + 3K/4 are a group. Each of the k best groups has an entry

@@ -1,6 +1,6 @@
 """The layer: a router that finds slots by product keys, and a memory that reads their values.
 
-Shapes: n tokens, d model width, h heads, d_k width of a half query, K1 x K2 half keys, k slots
+Shapes: n tokens, d model width, h heads, d_k width of a sub-query, K1 x K2 sub-keys, k slots
 that a head keeps of a token.
 """
 
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from product_key_memory.checks import (
+    as_dtype,
+    check_at_least_0,
     check_choice,
-    check_dtype,
     check_input,
     check_mask,
     check_positive,
@@ -60,13 +61,13 @@ class _Routing(nn.Module):
     ) -> None:
         sizes = (num_keys, num_keys) if isinstance(num_keys, int) else num_keys
         if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
-            raise ValueError(f"num_keys must be a number or a pair, got {num_keys!r}")
+            raise ValueError(f"num_keys must be an integer or a pair of them, got {num_keys!r}")
         sizes = (sizes[0], sizes[1])
         check_positive(dim=dim, heads=heads, topk=topk, dim_head=dim_head, num_keys=sizes[0])
         check_positive(num_keys=sizes[1])
         if topk > min(sizes):
             raise ValueError(
-                f"topk must be at most the number of half keys, got topk={topk} and {sizes} keys"
+                f"topk must be at most the number of sub-keys, got topk={topk} and {sizes} keys"
             )
         check_choice("query_norm", query_norm, ("layer", "batch", "none"))
         check_probability(query_dropout=query_dropout)
@@ -94,9 +95,13 @@ class _Routing(nn.Module):
         # Unequal halves do not fit side by side, so they follow each other.
         shape = (sizes[0], 2) if sizes[0] == sizes[1] else (sum(sizes),)
         self.keys: nn.Parameter = nn.Parameter(torch.empty(heads, *shape, dim_head))
-        nn.init.normal_(self.keys, std=dim_head**-0.5)
+        self.reset_parameters()
 
-    def half_keys(self) -> tuple[Tensor, Tensor]:
+    def reset_parameters(self) -> None:
+        """Draws the keys anew; the parts of the layer do so for themselves."""
+        nn.init.normal_(self.keys, std=self.dim_head**-0.5)
+
+    def sub_keys(self) -> tuple[Tensor, Tensor]:
         """(h, K1, d_k) and (h, K2, d_k)."""
         return self._halves(self.key_norm(self.keys))
 
@@ -120,7 +125,7 @@ class _Routing(nn.Module):
                 second = second + noise[1] * gumbel_noise_scale
         if self.differentiable_topk:
             scores, indices = product_top_k(
-                first, second, self.topk, half_top_k=differentiable_top_k
+                first, second, self.topk, sub_top_k=differentiable_top_k
             )
             return indices, scores
         at_1, at_2 = choose(first, second, self.topk)
@@ -131,7 +136,7 @@ class _Routing(nn.Module):
         return indices, self._with_gradient(queries, keys, (at_1, at_2), found)
 
     def _score(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of all half keys, (n, h, K1) and (n, h, K2), for queries (n, 2, h, d_k)."""
+        """Scores of all sub-keys, (n, h, K1) and (n, h, K2), for queries (n, 2, h, d_k)."""
         first, second = (
             torch.matmul(half.transpose(0, 1), of.mT).transpose(0, 1)
             for half, of in zip(queries.unbind(1), self._halves(keys), strict=True)
@@ -145,9 +150,9 @@ class _Routing(nn.Module):
         at: tuple[Tensor, Tensor],
         found: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """The sum of the scores (n, h, k) found of half keys, whose gradient is sparse.
+        """The sum of the scores (n, h, k) found of sub-keys, whose gradient is sparse.
 
-        Only the chosen half keys get one, so it is not spread over scores of all.
+        Only the chosen sub-keys get one, so it is not spread over scores of all.
         """
         size_1, size_2 = self.key_sizes
         head = torch.arange(self.heads, device=keys.device)[:, None] * (size_1 + size_2)
@@ -181,14 +186,14 @@ class ProductKeyRouter(_Routing):
 
     Args:
         dim: width of a token.
-        num_keys: half keys of both halves, or of each, (K1, K2).
+        num_keys: sub-keys of both halves, or of each, (K1, K2).
         heads: independent lookups.
         topk: slots that a head keeps, at most min(K1, K2).
-        dim_head: width of a half query.
+        dim_head: width of a sub-query.
         query_norm: "layer", "batch" over all query features, or "none".
         key_norm: normalise keys, too (Berges et al. 2024).
         query_dropout: of query features while training.
-        differentiable_topk: choose half keys by coordinate descent, with a gradient to those that
+        differentiable_topk: choose sub-keys by coordinate descent, with a gradient to those that
             were nearly chosen.
 
     Raises:
@@ -229,7 +234,7 @@ class ProductKeyRouter(_Routing):
         Args:
             x: (..., d).
             input_mask: (...) boolean, True = take part; the others score 0 at slot 0.
-            gumbel_noise_scale: of noise on the scores of half keys while training.
+            gumbel_noise_scale: of noise on the scores of sub-keys while training.
 
         Returns:
             Slots (..., h, k), int64, and their scores (..., h, k), best first.
@@ -238,6 +243,7 @@ class ProductKeyRouter(_Routing):
             TypeError, ValueError: an argument has the wrong type or shape.
         """
         check_input(x, self.dim)
+        check_at_least_0(gumbel_noise_scale=gumbel_noise_scale)
         if input_mask is not None:
             check_mask(input_mask, x.shape[:-1])
             x = x.masked_fill(~input_mask[..., None], 0.0)
@@ -255,12 +261,12 @@ class PKM(_Routing):
     Args:
         dim: width of tokens.
         heads: independent lookups, added up.
-        num_keys: half keys of both halves, or of each, (K1, K2); K1 * K2 slots.
+        num_keys: sub-keys of both halves, or of each, (K1, K2); K1 * K2 slots.
         topk: slots that a head keeps, at most min(K1, K2).
-        dim_head: width of a half query.
+        dim_head: width of a sub-query.
         input_dropout, query_dropout, value_dropout, attn_dropout: while training, of the tokens,
             the query features, the result and the weights.
-        use_layernorm: normalise each half query; otherwise all query features over the batch.
+        use_layernorm: normalise each sub-query; otherwise all query features over the batch.
         pre_layernorm: normalise tokens first.
         differentiable_topk: see `ProductKeyRouter`.
         concat_values_and_combine: values of width `dim_head`, read by each head for itself,
@@ -272,7 +278,7 @@ class PKM(_Routing):
         gate: "softmax", "relu" or "sigmoid" makes weights of scores.
         pool: a `MemoryPool` to read, shared with other layers; otherwise the layer has its own.
         values_grad: "dense" or "factored", see `MemoryPool`.
-        values_dtype: see `MemoryPool`.
+        values_dtype: see `dtype` of `MemoryPool`.
         gated_output: multiply the result by silu of a projection of the token and project it
             (Berges et al. 2024, section 3.2).
         experts: slots are neurons which answer the token (PEER, He 2024).
@@ -307,7 +313,7 @@ class PKM(_Routing):
         gate: str | None = None,
         pool: MemoryPool | None = None,
         values_grad: str = "dense",
-        values_dtype: torch.dtype | None = None,
+        values_dtype: torch.dtype | str | None = None,
         gated_output: bool = False,
         experts: bool = False,
         legacy: bool = False,
@@ -315,15 +321,16 @@ class PKM(_Routing):
         check_probability(
             input_dropout=input_dropout, value_dropout=value_dropout, attn_dropout=attn_dropout
         )
-        norm = query_norm or ("layer" if use_layernorm else "batch")
+        norm = ("layer" if use_layernorm else "batch") if query_norm is None else query_norm
         if not use_layernorm and norm != "batch":
             raise ValueError(f"query_norm={norm!r} contradicts use_layernorm=False")
-        gate = gate or ("relu" if non_competitive_gates else "softmax")
+        if gate is None:
+            gate = "relu" if non_competitive_gates else "softmax"
         if non_competitive_gates and gate != "relu":
             raise ValueError(f"gate={gate!r} contradicts non_competitive_gates=True")
         check_choice("gate", gate, tuple(GATES))
         check_choice("values_grad", values_grad, ("dense", "factored"))
-        check_dtype("values_dtype", values_dtype)
+        dtype = as_dtype("values_dtype", values_dtype)
         if experts and concat_values_and_combine:
             raise ValueError("experts=True excludes concat_values_and_combine=True")
         if legacy:
@@ -362,7 +369,7 @@ class PKM(_Routing):
                 width,
                 experts=experts,
                 values_grad=values_grad,
-                dtype=values_dtype,
+                dtype=dtype,
             )
         else:
             _check_pool(pool, self.num_memories, width, experts, values_grad, values_dtype)
@@ -396,7 +403,7 @@ class PKM(_Routing):
                 in no statistics and gets no gradient.
             mem_trainable_mask: (slots,) boolean; other slots get a gradient of exactly zero. An
                 optimizer's weight decay still moves them: see `sparse_finetune`.
-            gumbel_noise_scale: of noise on the scores of half keys, while training.
+            gumbel_noise_scale: of noise on the scores of sub-keys, while training.
 
         Returns:
             (..., d).
@@ -405,6 +412,7 @@ class PKM(_Routing):
             TypeError, ValueError: an argument has the wrong type or shape.
         """
         check_input(x, self.dim)
+        check_at_least_0(gumbel_noise_scale=gumbel_noise_scale)
         mask = None
         if input_mask is not None:
             check_mask(input_mask, x.shape[:-1])
@@ -462,7 +470,7 @@ def _check_pool(
     width: int,
     experts: bool,
     values_grad: str,
-    values_dtype: torch.dtype | None,
+    values_dtype: torch.dtype | str | None,
 ) -> None:
     """Raises unless a given pool is what the layer would have made, its own options aside."""
     if not isinstance(pool, MemoryPool):

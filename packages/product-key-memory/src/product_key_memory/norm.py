@@ -46,11 +46,16 @@ class MaskedBatchNorm1D(nn.Module):
         mean, var = fn.running_mean, fn.running_var
         over_batch = fn.training or mean is None
         if mask is None:
-            if not over_batch or len(rows) > 1:
+            if not over_batch or len(rows) > 1 or isinstance(fn, nn.SyncBatchNorm):
                 normalised: Tensor = fn(rows)
                 return normalised.view_as(x)
             # torch refuses fewer than two; the masked way takes them.
             mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        if isinstance(fn, nn.SyncBatchNorm):
+            raise TypeError(
+                f"a mask of {tuple(mask.shape)} needs a BatchNorm1d, got {type(fn).__name__}: "
+                "statistics would be of one process"
+            )
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be boolean, got {mask.dtype}")
         if mask.shape != x.shape[:-1]:

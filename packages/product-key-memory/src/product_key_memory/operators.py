@@ -81,8 +81,16 @@ def match(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
     n, k = indices.shape
     if indices.numel() == 0:
         return table.new_empty(n, k)
+    if x.shape != (n, table.shape[1]):
+        raise ValueError(f"x must be {(n, table.shape[1])}, got shape {tuple(x.shape)}")
     # By slot, so that a row that several tokens read comes once from memory.
     slots, order = indices.flatten().sort()
+    # The private operator looks at no bounds. An accelerator would have to wait for the answer.
+    if slots.device.type == "cpu" and not 0 <= slots[0] <= slots[-1] < table.shape[0]:
+        raise IndexError(
+            f"indices must be from 0 to {table.shape[0] - 1}, got {int(slots[0])} to "
+            f"{int(slots[-1])}"
+        )
     tokens = torch.div(order, k, rounding_mode="floor")
     out = table.new_empty(n * k)
     return out.scatter_(0, order, _inner_products(table, slots, x, tokens)).view(n, k)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from product_key_memory.checks import check_choice
+from product_key_memory.checks import check_at_least_0, check_choice
 from product_key_memory.factors import collect_factors, factors_of
 from product_key_memory.gradients import (
     TableGradient,
@@ -60,7 +62,7 @@ def fetch_optimizer_parameters(
     Raises:
         ValueError: the learning rate is negative.
     """
-    _check_at_least_0(pkm_learning_rate=pkm_learning_rate)
+    check_at_least_0(pkm_learning_rate=pkm_learning_rate)
     values, rest = fetch_pkm_value_parameters(module)
     return [{"params": rest}, {"params": values, "lr": pkm_learning_rate}]
 
@@ -88,6 +90,9 @@ class PKMOptimizer(torch.optim.Optimizer):
     others that the scaler saw, are not finite. The scale itself follows those in `.grad`, so let
     the same scaler step the optimizer of the rest, too.
 
+    Under data parallelism the ranks collect gradients of their own tokens: `process_group` says
+    between which of them `step` takes the mean, as `DistributedDataParallel` does for the rest.
+
     Args:
         params: tables (s, d) or groups of them, which may have options of their own.
         lr: learning rate; the default is meant for "adagrad".
@@ -96,6 +101,8 @@ class PKMOptimizer(torch.optim.Optimizer):
         eps: added to the denominator; 1e-10 for "adagrad" and 1e-8 for "adam" where None.
         weight_decay: a row that gets a gradient is first multiplied by 1 - lr * weight_decay.
         max_grad_norm: scale the gradients of a group down to this norm, all tables' together.
+        process_group: ranks that have copies of whole tables; None for one process, and for tables
+            that are spread over ranks.
 
     Raises:
         TypeError, ValueError: an option is out of range, or a parameter is no table.
@@ -114,7 +121,9 @@ class PKMOptimizer(torch.optim.Optimizer):
         eps: float | None = None,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self.process_group: dist.ProcessGroup | None = process_group
         options = {
             "lr": lr,
             "rule": rule,
@@ -143,6 +152,8 @@ class PKMOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # A group of processes cannot be copied.
+        self.__dict__.setdefault("process_group", None)
         # Tables that were copied or unpickled with the optimizer have forgotten their lists.
         for table in self._tables():
             collect_factors(table)
@@ -180,12 +191,14 @@ class PKMOptimizer(torch.optim.Optimizer):
             What the closure does.
 
         Raises:
-            RuntimeError: `GradScaler.unscale_` was called, which does not reach factored gradients.
+            RuntimeError: `GradScaler.unscale_` was called, which does not reach factored gradients;
+                or there are several processes and no `process_group`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_processes()
         scale = self._unscaling()
         if scale is not None:
             for group in self.param_groups:
@@ -197,6 +210,23 @@ class PKMOptimizer(torch.optim.Optimizer):
     def _tables(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
+
+    def _group_of(self, table: Tensor) -> dist.ProcessGroup | None:
+        """The ranks that have copies of a table."""
+        return None if isinstance(table, DTensor) else self.process_group
+
+    def _check_processes(self) -> None:
+        """Raises where copies of a table would drift apart."""
+        if self.process_group is not None or not dist.is_initialized():
+            return
+        ranks = dist.get_world_size()
+        copied = [table for table in self._tables() if not isinstance(table, DTensor)]
+        collected = sum(len(factors_of(table)) for table in copied)
+        if ranks > 1 and collected:
+            raise RuntimeError(
+                f"{ranks} processes collect gradients of their own, {collected} reads in this one: "
+                "PKMOptimizer needs the process_group which shares the tables"
+            )
 
     def _unscaling(self) -> float | None:
         """What a GradScaler wants gradients multiplied by; None where they are not finite."""
@@ -210,14 +240,18 @@ class PKMOptimizer(torch.optim.Optimizer):
                 f"GradScaler.unscale_ has not reached the factored gradients of {collected} reads: "
                 "leave it out, and clip by max_grad_norm"
             )
-        if found_inf or not all(is_finite(table) for table in self._tables()):
+        # All of them, since ranks answer together.
+        finite = [is_finite(table, self._group_of(table)) for table in self._tables()]
+        if found_inf or not all(finite):
             return None
         return 1.0 if scale is None else 1.0 / float(scale)
 
     def _step_group(self, group: dict[str, Any], scale: float) -> None:
         tables: list[Tensor] = group["params"]
         gradients = [
-            (table, gradient) for table in tables if (gradient := gradient_of(table)) is not None
+            (table, gradient)
+            for table in tables
+            if (gradient := gradient_of(table, self._group_of(table))) is not None
         ]
         if group["max_grad_norm"] is not None:
             norms = [(table, gradient.measure(table).double()) for table, gradient in gradients]
@@ -250,17 +284,11 @@ def _sparse(slots: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     )
 
 
-def _check_at_least_0(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not number >= 0.0:
-            raise ValueError(f"{name} must be at least 0, got {number}")
-
-
 def _check_options(options: dict[str, Any]) -> None:
     check_choice("rule", options["rule"], tuple(RULES))
-    _check_at_least_0(lr=options["lr"], weight_decay=options["weight_decay"])
+    check_at_least_0(lr=options["lr"], weight_decay=options["weight_decay"])
     if options["eps"] is not None:
-        _check_at_least_0(eps=options["eps"])
+        check_at_least_0(eps=options["eps"])
     betas = options["betas"]
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas}")

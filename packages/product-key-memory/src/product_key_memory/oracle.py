@@ -1,6 +1,6 @@
 """The maths once more, slow and plain, in the notation of the papers; tests and readers use it.
 
-q(x) = [q1, q2] a query in two halves, c_i and c'_j half keys, slot (i, j) with value v_ij.
+q(x) = [q1, q2] a query in two halves, c_i and c'_j sub-keys, slot (i, j) with value v_ij.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def slot_scores(q1: Tensor, q2: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
 def memory(
     queries: Tensor, c1: Tensor, c2: Tensor, values: Tensor, k: int, gate: str = "softmax"
 ) -> Tensor:
-    """The memory's output for one token, from all slots (equations 2 to 4).
+    """The memory's output for one token, from all slots (section 3.1).
 
     Args:
         queries: (2, h, d_k). c1: (h, K1, d_k). c2: (h, K2, d_k). values: (K1 K2, d).
@@ -38,7 +38,7 @@ def memory(
 
 
 def weights_of(scores: Tensor, gate: str) -> Tensor:
-    """Equation 3, or what stands in its place."""
+    """The softmax of section 3.1, or what stands in its place."""
     if gate == "softmax":
         exponents = torch.exp(scores - scores.max())
         return exponents / exponents.sum()

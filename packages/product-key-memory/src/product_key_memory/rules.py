@@ -39,6 +39,8 @@ def adagrad(
     total.add_(sums.index_select(0, slots))
     sums.index_copy_(0, slots, total)
     scale = total.sqrt_().add_(_eps(options)).reciprocal_().mul_(float(options["lr"]))
+    # Without an eps, a row that never got a gradient would be divided by zero.
+    scale.masked_fill_(scale.isinf(), 0.0)
     return gradient.times(scale).parts(used=options["weight_decay"] > 0.0)
 
 

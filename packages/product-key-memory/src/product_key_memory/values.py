@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from product_key_memory.checks import (
+    as_dtype,
     check_choice,
-    check_dtype,
     check_indices,
     check_positive,
+    check_tokens,
     check_trainable,
 )
 from product_key_memory.factors import match_factored, read_factored
@@ -88,7 +89,8 @@ class MemoryPool(nn.Module):
             `gelu(<input, x>)` times its value (PEER, He 2024, arXiv 2407.04153).
         values_grad: "dense", a gradient as any parameter has it, or "factored", in memory of the
             tokens and not of the table, for a `PKMOptimizer`.
-        dtype: of the tables, such as torch.bfloat16; the default one where None.
+        dtype: of the tables, such as torch.bfloat16, or its name, "bfloat16"; the default one where
+            None.
 
     Raises:
         TypeError, ValueError: a number or option is out of range.
@@ -101,11 +103,11 @@ class MemoryPool(nn.Module):
         *,
         experts: bool = False,
         values_grad: str = "dense",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         check_positive(slots=slots, dim=dim)
         check_choice("values_grad", values_grad, ("dense", "factored"))
-        check_dtype("dtype", dtype)
+        dtype = as_dtype("dtype", dtype)
         super().__init__()
         self.slots: int = slots
         self.dim: int = dim
@@ -157,10 +159,12 @@ class MemoryPool(nn.Module):
         `trainable` as in `forward`.
 
         Raises:
-            ValueError: the pool has no `inputs`.
+            TypeError, ValueError: an argument has the wrong type or shape, or the pool has no
+                `inputs`.
         """
         if self.inputs is None:
             raise ValueError("only a pool with experts=True has activations")
+        check_tokens(x, indices.shape[0], self.dim)
         if trainable is not None:
             check_trainable(trainable, self.slots)
         x = x.to(self.inputs.dtype)
