@@ -96,7 +96,7 @@ def factors_of(parameter: Tensor) -> list[Factors]:
     return factors
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_factored(
     table: Tensor, indices: Tensor, weights: Tensor, owner: Tensor | None = None
 ) -> Tensor:
@@ -104,7 +104,7 @@ def read_factored(
     return _factored(table, indices, weights, True, owner)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def match_factored(
     table: Tensor, indices: Tensor, x: Tensor, owner: Tensor | None = None
 ) -> Tensor:

@@ -160,7 +160,7 @@ class _Routing(nn.Module):
             rows = torch.stack((head + 2 * at[0], head + 2 * at[1] + 1), 1)
         else:
             rows = torch.stack((head + at[0], head + at[1] + size_1), 1)
-        scores = match_known(
+        scores: Tensor = match_known(
             keys.reshape(-1, self.dim_head),
             rows.flatten(0, 2),
             queries.flatten(0, 2),

@@ -70,6 +70,7 @@ class LocalReader:
         trainable: Tensor | None,
         owner: Tensor | None = None,
     ) -> Tensor:
+        out: Tensor
         if self.factored:
             out = match_factored(table, indices, x, owner)
         else:
