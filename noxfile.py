@@ -62,7 +62,10 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         install(session, *everything(session), *group("tools"))
     else:
         suite = DISTRIBUTIONS[package].folder / "tests"
-        install(session, *wheels(session, package, testing=True), own_torch=device == "cpu")
+        needed = wheels(session, package, testing=True)
+        # Extras, too: what they make possible is to be tested.
+        needed += DISTRIBUTIONS[package].optional if needed else ()
+        install(session, *needed, own_torch=device == "cpu")
     options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin"]
     options += ["--device", "cuda" if device == "gpu" else "cpu"]
     with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):

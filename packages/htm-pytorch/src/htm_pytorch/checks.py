@@ -1,0 +1,68 @@
+"""What a caller may get wrong, refused before any work with the numbers that are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_positive(**numbers: int) -> None:
+    """Raises unless all are integers of at least 1."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an integer, got {number!r}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
+    """Raises ValueError for an unknown option."""
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+
+
+def check_sequence(name: str, x: Tensor, dim: int) -> None:
+    """Raises unless x is (b, n, dim), floating point."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.ndim != 3 or x.shape[-1] != dim:
+        raise ValueError(f"{name} must be (b, n, {dim}), got shape {tuple(x.shape)}")
+
+
+def check_same_batch(queries: Tensor, memories: Tensor) -> None:
+    """Raises ValueError unless both have as many rows."""
+    if queries.shape[0] != memories.shape[0]:
+        raise ValueError(
+            f"queries and memories must be of one batch, got {queries.shape[0]} and "
+            f"{memories.shape[0]} rows"
+        )
+
+
+def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """Raises unless `mask` is boolean and has exactly this shape: nothing is broadcast."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, got {mask.dtype}")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {tuple(shape)}, got shape {tuple(mask.shape)}")
+
+
+def check_rows(name: str, x: Tensor, rows: int) -> None:
+    """Raises ValueError unless `x` has a row for each environment in question."""
+    if len(x) != rows:
+        raise ValueError(f"{name} must be of {rows} environments, got {len(x)}")
+
+
+def check_env_ids(env_ids: Sequence[int] | Tensor, environments: int) -> Tensor:
+    """Environments as (e,) int64 on the CPU; raises unless they are different and all exist."""
+    ids = torch.as_tensor(env_ids).cpu()
+    # An empty list makes a tensor of floats.
+    ids = ids.to(torch.int64) if ids.numel() == 0 else ids
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"env_ids must be integers in one row, got {env_ids!r}")
+    if bool(((ids < 0) | (ids >= environments)).any()):
+        raise ValueError(f"env_ids must be from 0 to {environments - 1}, got {env_ids!r}")
+    if len(ids.unique()) < len(ids):
+        raise ValueError(f"env_ids must be different, got {env_ids!r}")
+    return ids.to(torch.int64)

@@ -1,0 +1,66 @@
+"""Attention inside chosen chunks by differentiable operations: as `fused`, all queries at once.
+
+Shapes: as in `fused`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from htm_pytorch.retrieval import NOTHING
+
+
+def takes_part(
+    chunks: Tensor, m: int, mask: Tensor | None, batch: Tensor, c: int
+) -> tuple[Tensor, Tensor]:
+    """The tokens of chunks, and which of them are there and not masked.
+
+    Args:
+        chunks: (..., k), -1 for none.
+        m: tokens that there are.
+        mask: (b, m) boolean or (b, j) int64, see `fused.attend_fused`.
+        batch: (..., 1), the rows of the mask.
+
+    Returns:
+        Numbers (..., k, c) of tokens, those that are not there within bounds, too; and booleans.
+    """
+    within = torch.arange(c, device=chunks.device)
+    tokens = chunks[..., None] * c + within
+    valid = (tokens >= 0) & (tokens < m)
+    tokens = tokens.clamp(0, m - 1)
+    if mask is None:
+        return tokens, valid
+    if mask.dtype == torch.bool:
+        return tokens, valid & mask[batch[..., None], tokens]
+    counts = mask[batch, chunks.clamp(min=0)]
+    return tokens, valid & (within < counts[..., None])
+
+
+def attend_plain(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    weights: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    c: int,
+) -> Tensor:
+    """See `fused.attend_fused`."""
+    b, m, g, _ = keys.shape
+    batch = torch.arange(b, device=q.device)[:, None, None]
+    tokens, valid = takes_part(indices, m, mask, batch, c)
+
+    def gather(x: Tensor) -> Tensor:
+        """(b, n, k, c, g, e), 0 where not valid."""
+        found = x[batch[..., None], tokens].to(q.dtype).masked_fill(~valid[..., None, None], 0.0)
+        return found if positions is None else found + positions[:, None]
+
+    found = gather(keys)
+    q = q.unflatten(2, (g, -1))
+    scores = torch.einsum("bnghe,bnkcge->bnghkc", q, found)
+    scores = scores.masked_fill(~valid[:, :, None, None], NOTHING)
+    share = scores.softmax(-1) * weights[:, :, None, None, :, None]
+    seen = found if values is None else gather(values)
+    return torch.einsum("bnghkc,bnkcge->bnghe", share, seen).flatten(2, 3)

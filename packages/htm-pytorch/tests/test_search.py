@@ -1,0 +1,158 @@
+"""The search by faiss: with a stand-in that is exact, and with faiss where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from htm_pytorch import FaissSearch, HTMAttention
+from htm_pytorch.retrieval import Summary, find
+
+if TYPE_CHECKING:
+    from conftest import Make, Randn
+
+_SPEC = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
+assert _SPEC is not None
+assert _SPEC.loader is not None
+memories = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(memories)
+DIM, CHUNK = memories.DIM, memories.CHUNK
+
+
+class ExactIndex:
+    """What is used of an index of faiss."""
+
+    def __init__(self, width: int, description: str) -> None:
+        self.is_trained = description != "IVF"
+        self._means = torch.empty(0, width)
+
+    def train(self, means: Any) -> None:
+        assert len(means) > 0
+        self.is_trained = True
+
+    def add(self, means: Any) -> None:
+        assert self.is_trained
+        self._means = torch.cat((self._means, torch.from_numpy(means)))
+
+    def search(self, queries: Any, k: int) -> tuple[Any, Any]:
+        scores = torch.from_numpy(queries) @ self._means.mT
+        best = scores.topk(min(k, len(self._means)))
+        missing = (0, k - best.indices.shape[1])
+        entries = torch.nn.functional.pad(best.indices, missing, value=-1)
+        return best.values.numpy(), entries.numpy()
+
+
+@pytest.fixture(params=["stand-in", "IVF", "faiss"])
+def index(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An index that misses nothing."""
+    pytest.importorskip("numpy")
+    if request.param == "faiss":
+        pytest.importorskip("faiss")
+        return "Flat"
+    faiss = SimpleNamespace(
+        METRIC_INNER_PRODUCT=0,
+        index_factory=lambda width, description, metric: ExactIndex(
+            width, description + metric * ""
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "faiss", faiss)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("capacity", [None, 30 * CHUNK])
+def test_equals_the_exact_search(device: torch.device, index: str, capacity: int | None) -> None:
+    """With tokens appended, forgotten and reset between questions, in one index after another."""
+    search = FaissSearch(index, few=4)
+    store = memories.new_store(device=device, capacity=capacity, search=search)
+    held = memories.Memories(capacity)
+    module = memories.make_module(HTMAttention, device, topk_mems=3)
+    generator = torch.Generator().manual_seed(1)
+    for turn in range(60):
+        env_ids = [[0, 1, 2], [1], [2, 1]][turn % 3]
+        tokens = memories.draw(generator, len(env_ids), [1, 2, 9][turn // 3 % 3], DIM)
+        store.append(tokens, env_ids)
+        held.append(tokens, env_ids)
+        if turn == 40:
+            store.reset([1])
+            held.reset([1])
+        queries = memories.draw(generator, 3, 2, DIM).to(device)
+        found = store.attend(module, queries, return_indices=True, return_weights=True)
+        expected = held.attend(module, queries, [0, 1, 2])
+        torch.testing.assert_close(found[0], expected[0], atol=1e-12, rtol=0.0)
+        assert torch.equal(found[1].sort(-1).values, expected[1].sort(-1).values)
+
+
+def test_an_index_is_made_anew(monkeypatch: pytest.MonkeyPatch, index: str, randn: Randn) -> None:
+    """When it was trained on few chunks, and when most of what it holds has changed."""
+    search, made = FaissSearch(index, few=4), []
+    make = search._make
+
+    def noted(means: torch.Tensor) -> Any:
+        made.append(len(means))
+        return make(means)
+
+    monkeypatch.setattr(search, "_make", noted)
+    queries, means = randn(1, 3, DIM), randn(1, 41, DIM, seed=2)
+    ids = torch.zeros(1, dtype=torch.int64)
+    for j in (10, 40, 41, 41):
+        search.search(queries, Summary(means[:, :j], None), 2, None, ids)
+    assert made == ([10, 41] if index == "IVF" else [10])
+    search.changed(ids.expand(30), torch.arange(30))
+    search.search(queries, Summary(means, None), 2, None, ids)
+    assert made == ([10, 41, 41] if index == "IVF" else [10, 41])
+
+
+def test_banned_chunks_are_found_exactly(index: str, randn: Randn) -> None:
+    queries, means = randn(2, 3, DIM), randn(2, 40, DIM, seed=2)
+    mask = randn(2, 3, 40, seed=3) > 1.5
+    search = FaissSearch(index, few=4)
+    ids = torch.arange(2)
+    for given in (None, mask):
+        found = find(queries, Summary(means, None), 8, given, partial(search.search, env_ids=ids))
+        expected = find(queries, Summary(means, None), 8, given)
+        order, expected_order = found[0].argsort(-1), expected[0].argsort(-1)
+        for ours, theirs in zip(found, expected, strict=True):
+            same = ours.gather(2, order), theirs.gather(2, expected_order)
+            torch.testing.assert_close(*same, atol=1e-12, rtol=0.0)
+
+
+def test_gradients_pass(
+    device: torch.device, index: str, make_attention: Make, randn: Randn
+) -> None:
+    results = []
+    for search in (FaissSearch(index, few=4), None):
+        store = memories.new_store(device=device, search=search)
+        store.append(randn(3, 40, DIM))
+        queries, module = randn(3, 2, DIM, seed=2).requires_grad_(), make_attention()
+        store.attend(module, queries).square().sum().backward()
+        results.append([queries.grad, *(x.grad for x in module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0.0)
+
+
+def test_an_approximate_index_finds_most() -> None:
+    pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randn(1, 50, 16, generator=generator)
+    summary = Summary(torch.randn(1, 5000, 16, generator=generator), None)
+    ids = torch.arange(1)
+    for description in ("HNSW32", "IVF16,Flat"):
+        search = FaissSearch(description)
+        found = search.search(queries, summary, 8, None, ids)
+        exact = find(queries, summary, 8)[0]
+        hits = (found[..., None] == exact[..., None, :]).any(-1).float().mean()
+        assert found.unique(dim=-1).shape == found.shape
+        assert hits > (0.9 if description == "HNSW32" else 0.2)
+
+
+def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install htm-pytorch\[faiss\]"):
+        FaissSearch()
