@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from shared_core import masked_mean, pad_to
 
 NOTHING = -1e30
 """Score of what is not to be seen: finite, so that no row meets ``inf - inf``."""
@@ -47,41 +48,28 @@ def summarise(memories: Tensor, mask: Tensor | None, c: int) -> Summary:
     m = memories.shape[1]
     if m == 0:
         return Summary(memories, None)
+    if torch.compiler.is_compiling() or type(memories.data) is not Tensor or memories.is_meta:
+        # No numbers to look at: one graph for any m, whether its last chunk is cut or not.
+        seen = torch.ones_like(memories[..., 0], dtype=torch.bool) if mask is None else mask
+        tokens, seen = (pad_to(x, c, 1).unflatten(1, (-1, c)) for x in (memories, seen))
+        return Summary(masked_mean(tokens, seen, 2), None if mask is None else seen.any(2))
+    # Without a copy of the memories.
+    before = (count_chunks(m, c) - 1) * c
     wide = torch.promote_types(memories.dtype, torch.float32)
-    # Whether there are numbers that one may look at.
-    traced = torch.compiler.is_compiling() or type(memories.data) is not Tensor or memories.is_meta
-    if traced:
-        # One graph for any m, whether its last chunk is cut or not.
-        if mask is not None:
-            memories = memories.masked_fill(~mask[..., None], 0.0)
-        sums = F.pad(memories, (0, 0, 0, c - 1)).unfold(1, c, c).sum(-1, dtype=wide)
-    else:
-        # Without a copy of the memories.
-        before = (count_chunks(m, c) - 1) * c
-        sums = memories[:, :before].unflatten(1, (-1, c)).sum(2, dtype=wide)
-        sums = torch.cat((sums, memories[:, before:].sum(1, keepdim=True, dtype=wide)), 1)
+    sums = memories[:, :before].unflatten(1, (-1, c)).sum(2, dtype=wide)
+    sums = torch.cat((sums, memories[:, before:].sum(1, keepdim=True, dtype=wide)), 1)
     sizes = (m - c * torch.arange(sums.shape[1], device=memories.device)).clamp(max=c)
+    means = (sums / sizes[:, None]).to(memories.dtype)
     if mask is None:
-        return Summary((sums / sizes[:, None]).to(memories.dtype), None)
-    # Transposed, so that no graph asks whether the chunks of a row fill it.
-    counts = F.pad(mask.T, (0, 0, 0, c - 1)).unfold(0, c, c).sum(-1).T
-    if not traced:
-        batch, chunks = (counts < sizes).nonzero(as_tuple=True)
-        part = _masked_sums(memories, mask, batch, chunks, c)
-        sums = sums.index_put((batch, chunks), part)
-    means = sums / counts.clamp(min=1)[..., None]
-    return Summary(means.to(memories.dtype), counts > 0)
-
-
-def _masked_sums(memories: Tensor, mask: Tensor, batch: Tensor, chunks: Tensor, c: int) -> Tensor:
-    """Sums (x, d) of the unmasked tokens of chunks (x,) in rows (x,) of the batch."""
-    m = memories.shape[1]
-    tokens = chunks[:, None] * c + torch.arange(c, device=mask.device)
-    batch, there = batch[:, None], tokens < m
-    tokens = tokens.clamp(max=m - 1)
-    seen = mask[batch, tokens] & there
-    wide = torch.promote_types(memories.dtype, torch.float32)
-    return memories[batch, tokens].masked_fill(~seen[..., None], 0.0).sum(1, dtype=wide)
+        return Summary(means, None)
+    counts = pad_to(mask, c, 1).unflatten(1, (-1, c)).sum(2)
+    batch, chunks = (counts < sizes).nonzero(as_tuple=True)
+    tokens = (chunks[:, None] * c + torch.arange(c, device=mask.device)).clamp(max=m - 1)
+    # What is not there is, at the end of a row, its last token once more.
+    last = torch.arange(c, device=mask.device) >= (m - chunks * c)[:, None]
+    seen = mask[batch[:, None], tokens] & ~last
+    cut = masked_mean(memories[batch[:, None], tokens], seen, 1)
+    return Summary(means.index_put((batch, chunks), cut), counts > 0)
 
 
 def find(
