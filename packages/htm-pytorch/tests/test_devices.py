@@ -172,6 +172,19 @@ def test_exports(device: torch.device, cls: type[nn.Module], impl: str, masks: i
         assert_exports(module, traced, shapes[: 2 + masks], other)
 
 
+def test_an_export_is_not_bound_to_what_costs_less(device: torch.device) -> None:
+    """Traced with few queries of a chunk, asked by very many."""
+    module = HTMAttention(6, 2, 2, 3, 2).to(device, torch.float64)
+    n, m = torch.export.Dim("n", min=2), torch.export.Dim("m", min=7)
+
+    def sequences(n: int, m: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(n)
+        draw = [torch.randn(2, size, 6, generator=generator) for size in (n, m)]
+        return draw[0].to(device, torch.float64), draw[1].to(device, torch.float64)
+
+    assert_exports(module, sequences(3, 40), ({1: n}, {1: m}), sequences(90, 8))
+
+
 # Files
 
 

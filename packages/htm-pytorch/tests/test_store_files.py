@@ -168,6 +168,24 @@ def test_flush_writes_the_manifest_last(
     store.close()
 
 
+def test_another_working_directory(
+    tmp_path: Path, randn: Randn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative folder is what it was when the store was made."""
+    for name in ("here", "there"):
+        (tmp_path / name / "memory").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    store = MemoryStore(DIM, chunk_size=CHUNK, path="memory")
+    store.append(randn(1, 3, DIM))
+    store.flush()
+    monkeypatch.chdir(tmp_path / "there")
+    store.append(randn(1, 500, DIM, seed=2))
+    store.close()
+    assert contents(tmp_path / "there") == {}
+    with MemoryStore.open(tmp_path / "here" / "memory") as found:
+        assert found.lengths.tolist() == [503]
+
+
 def test_files_do_not_grow_where_nothing_is_kept(tmp_path: Path, randn: Randn) -> None:
     """Chunks are used again, those of the last flush after the next."""
     file = tmp_path / "store" / "tokens.bin"

@@ -89,7 +89,7 @@ class HTMAttention(nn.Module):
         eps: with `legacy`, added to the number of tokens that a chunk's mean is divided by.
         detach_memories: gradients do not reach the memories, as in the paper.
         impl: "absorbed" moves the projections of memories to the queries, "projected" projects the
-            memories, "auto" takes what costs less.
+            memories, "auto" takes what costs less, and "absorbed" in a compiled graph.
         legacy: reproduce the numbers of htm-pytorch 0.0.4.
 
     Raises:
@@ -242,7 +242,8 @@ class HTMAttention(nn.Module):
         """
         if self.impl != "auto":
             return self.impl == "projected"
-        if self.dim <= self.dim_head:
+        # A graph with dynamic lengths would be bound to one of the two ways.
+        if self.dim <= self.dim_head or torch.compiler.is_compiling():
             return False
         queries_of_a_chunk = queries.shape[1] * k / chunks
         return queries_of_a_chunk > self.dim * self.dim_head / (self.dim - self.dim_head)

@@ -82,7 +82,8 @@ class MemoryStore:
         self.capacity: int | None = capacity
         self.dtype: torch.dtype = dtype
         self.device: torch.device = torch.device(device)
-        self.path: Path | None = None if path is None else Path(path)
+        # Files are opened again as they grow: the working directory may be another one then.
+        self.path: Path | None = None if path is None else Path(path).absolute()
         self._search: Search | None = search
         self._closed: bool = False
         with torch.inference_mode(False):
