@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from htm_pytorch.plain import attend_plain, takes_part
-from htm_pytorch.retrieval import NOTHING
+from htm_pytorch.plain import attend_plain
+from htm_pytorch.retrieval import NOTHING, takes_part
 
 # Elements of keys that are gathered at a time: what a core's cache holds, and what keeps an
 # accelerator busy.

@@ -25,6 +25,15 @@ from htm_pytorch.retrieval import Summary, count_chunks, find, summarise
 IMPLEMENTATIONS = ("auto", "absorbed", "projected")
 
 
+def asked_for(
+    out: Tensor, indices: Tensor, weights: Tensor, return_indices: bool, return_weights: bool
+) -> Tensor | tuple[Tensor, ...]:
+    """The result alone, or a tuple of it and what else is to be returned."""
+    more = [(indices, return_indices), (weights, return_weights)]
+    found = tuple(x for x, is_wanted in more if is_wanted)
+    return (out, *found) if found else out
+
+
 class SinusoidalPosition(nn.Module):
     """Sine and cosine of a token's distance from the end of its chunk.
 
@@ -176,10 +185,7 @@ class HTMAttention(nn.Module):
             memories = memories.detach() if self.detach_memories else memories
             summary = summarise(memories, mask, self.mem_chunk_size)
             found = self.attend_chunks(queries, memories, mask, summary, chunk_attn_mask)
-        if not return_indices and not return_weights:
-            return found[0]
-        wanted = (True, return_indices, return_weights)
-        return tuple(x for x, is_wanted in zip(found, wanted, strict=True) if is_wanted)
+        return asked_for(*found, return_indices, return_weights)
 
     def attend_chunks(
         self,

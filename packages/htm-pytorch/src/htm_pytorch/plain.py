@@ -8,33 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from htm_pytorch.retrieval import NOTHING
-
-
-def takes_part(
-    chunks: Tensor, m: int, mask: Tensor | None, batch: Tensor, c: int
-) -> tuple[Tensor, Tensor]:
-    """The tokens of chunks, and which of them are there and not masked.
-
-    Args:
-        chunks: (..., k), -1 for none.
-        m: tokens that there are.
-        mask: (b, m) boolean or (b, j) int64, see `fused.attend_fused`.
-        batch: (..., 1), the rows of the mask.
-
-    Returns:
-        Numbers (..., k, c) of tokens, those that are not there within bounds, too; and booleans.
-    """
-    within = torch.arange(c, device=chunks.device)
-    tokens = chunks[..., None] * c + within
-    valid = (tokens >= 0) & (tokens < m)
-    tokens = tokens.clamp(0, m - 1)
-    if mask is None:
-        return tokens, valid
-    if mask.dtype == torch.bool:
-        return tokens, valid & mask[batch[..., None], tokens]
-    counts = mask[batch, chunks.clamp(min=0)]
-    return tokens, valid & (within < counts[..., None])
+from htm_pytorch.retrieval import NOTHING, takes_part
 
 
 def attend_plain(

@@ -64,12 +64,35 @@ def summarise(memories: Tensor, mask: Tensor | None, c: int) -> Summary:
         return Summary(means, None)
     counts = pad_to(mask, c, 1).unflatten(1, (-1, c)).sum(2)
     batch, chunks = (counts < sizes).nonzero(as_tuple=True)
-    tokens = (chunks[:, None] * c + torch.arange(c, device=mask.device)).clamp(max=m - 1)
-    # What is not there is, at the end of a row, its last token once more.
-    last = torch.arange(c, device=mask.device) >= (m - chunks * c)[:, None]
-    seen = mask[batch[:, None], tokens] & ~last
+    tokens, seen = takes_part(chunks, m, mask, batch, c)
     cut = masked_mean(memories[batch[:, None], tokens], seen, 1)
     return Summary(means.index_put((batch, chunks), cut), counts > 0)
+
+
+def takes_part(
+    chunks: Tensor, m: int, mask: Tensor | None, batch: Tensor, c: int
+) -> tuple[Tensor, Tensor]:
+    """The tokens of chunks, and which of them are there and not masked.
+
+    Args:
+        chunks: (..., k), -1 for none.
+        m: tokens that there are.
+        mask: (b, m) boolean or (b, j) int64, see `fused.attend_fused`.
+        batch: the rows of the mask, broadcast to the shape of `chunks`.
+
+    Returns:
+        Numbers (..., k, c) of tokens, those that are not there within bounds, too; and booleans.
+    """
+    within = torch.arange(c, device=chunks.device)
+    tokens = chunks[..., None] * c + within
+    valid = (tokens >= 0) & (tokens < m)
+    tokens = tokens.clamp(0, m - 1)
+    if mask is None:
+        return tokens, valid
+    if mask.dtype == torch.bool:
+        return tokens, valid & mask[batch[..., None], tokens]
+    counts = mask[batch, chunks.clamp(min=0)]
+    return tokens, valid & (within < counts[..., None])
 
 
 def find(

@@ -24,7 +24,7 @@ from htm_pytorch.checks import (
 )
 from htm_pytorch.files import load_file, save_file
 from htm_pytorch.layout import Layout
-from htm_pytorch.model import HTMAttention, HTMBlock
+from htm_pytorch.model import HTMAttention, HTMBlock, asked_for
 from htm_pytorch.retrieval import Summary
 from htm_pytorch.search import Search
 from htm_pytorch.storage import MappedPool, Pool, read_manifest
@@ -172,11 +172,8 @@ class MemoryStore:
         out = self._attend(attention, asking, _look_up(view.table, columns), weights)
         if isinstance(module, HTMBlock):
             out = queries + out
-        found = (out, columns if view.ages is None else _look_up(view.ages, columns), weights)
-        if not return_indices and not return_weights:
-            return out
-        wanted = (True, return_indices, return_weights)
-        return tuple(x for x, is_wanted in zip(found, wanted, strict=True) if is_wanted)
+        indices = columns if view.ages is None else _look_up(view.ages, columns)
+        return asked_for(out, indices, weights, return_indices, return_weights)
 
     def tokens(self, env_id: int) -> Tensor:
         """A copy of the tokens that an environment holds: (length, d), oldest first."""
