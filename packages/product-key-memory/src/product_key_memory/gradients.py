@@ -56,8 +56,16 @@ class TableGradient(NamedTuple):
 
     def measure(self, table: Tensor) -> Tensor:
         """The norms (u,) of its rows, whichever rank has their columns."""
+        return self._norms(table) * self.scale
+
+    def measured(self, table: Tensor) -> TableGradient:
+        """The same with its norms known."""
+        return self._replace(norms=self._norms(table))
+
+    def _norms(self, table: Tensor) -> Tensor:
+        """`measure` without the scale."""
         if self.norms is not None:
-            return self.norms * self.scale
+            return self.norms
         first, counts = self.bags.starts[:-1], self.bags.starts.diff()
         # Most slots have one token, and with it the norm of its vector.
         tokens = self.x.square().sum(1)
@@ -70,7 +78,7 @@ class TableGradient(NamedTuple):
         )
         for at, rows in bag_rows(bags, self.x):
             squares[at] = rows.square_().sum(1)
-        return sum_over_ranks(squares, table, (1,)).sqrt_().mul_(self.scale)
+        return sum_over_ranks(squares, table, (1,)).sqrt_()
 
     def parts(self, *, used: bool) -> Iterator[Part]:
         """Its rows, a few at a time; where `used`, without those that are zero on all ranks."""
@@ -118,7 +126,7 @@ def gradient_of(table: Tensor, group: dist.ProcessGroup | None = None) -> TableG
     bags = sort_pairs(_concatenate(slots), _concatenate(tokens), weights)
     gradient = TableGradient(bags, x, table.shape[1])
     if _groups(table, (1,)):
-        return gradient._replace(norms=gradient.measure(table))
+        return gradient.measured(table)
     return gradient
 
 

@@ -254,8 +254,12 @@ class PKMOptimizer(torch.optim.Optimizer):
             if (gradient := gradient_of(table, self._group_of(table))) is not None
         ]
         if group["max_grad_norm"] is not None:
-            norms = [(table, gradient.measure(table).double()) for table, gradient in gradients]
-            squares = [sum_over_ranks(norm.square().sum(), table, (0,)) for table, norm in norms]
+            # Kept, since a rule may want them, too.
+            gradients = [(table, gradient.measured(table)) for table, gradient in gradients]
+            squares = [
+                sum_over_ranks(gradient.measure(table).double().square().sum(), table, (0,))
+                for table, gradient in gradients
+            ]
             norm = scale * sum(map(float, squares)) ** 0.5
             # As torch.nn.utils.clip_grad_norm_ does.
             scale *= min(1.0, group["max_grad_norm"] / (norm + 1e-6))
