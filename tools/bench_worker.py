@@ -79,9 +79,13 @@ class Measurer:
         self._prepared[name] = subject.prepare(device=self._device, **arguments)
 
     def warm(self, name: str, threads: int) -> float:
-        """Runs once, twice if that was quick, and returns the seconds of the last time."""
+        """Runs twice, and returns the seconds of the second time.
+
+        The first may compile, and again for another number of threads. Only what takes a minute is
+        not run again.
+        """
         first = max(self.sample(name, 1, threads).values())
-        return first if first > 1 else max(self.sample(name, 1, threads).values())
+        return first if first > 60 else max(self.sample(name, 1, threads).values())
 
     def sample(self, name: str, runs: int, threads: int) -> dict[str, float]:
         """Seconds of one run, the mean over `runs` of them.

@@ -39,9 +39,6 @@ def forward(*, device: str, num_keys: int, n: int = TOKENS, compiled: bool = Fal
         with torch.no_grad():
             call(x)
 
-    if compiled:
-        # Or the first run would tell how long a run takes.
-        run()
     return run
 
 
