@@ -44,14 +44,31 @@ def test_fifteen_names_are_one_too_many(core: Path) -> None:
     assert faults(core) == ["shared-core has 15 public names, more than 14"]
 
 
-def test_501_lines_are_one_too_many_without_testing(core: Path) -> None:
+def test_501_lines_of_code_are_one_too_many_without_testing(core: Path) -> None:
     (core / "testing").mkdir()
-    (core / "testing" / "plugin.py").write_text("\n" * 1000)
+    (core / "testing" / "plugin.py").write_text("x = 1\n" * 1000)
     (core / "deeper").mkdir()
-    (core / "deeper" / "more.py").write_text("\n" * (500 - line_count(core)))
+    (core / "deeper" / "more.py").write_text("x = 1\n" * (500 - line_count(core)))
     assert faults(core) == []
-    (core / "one.py").write_text("\n")
-    assert faults(core) == ["shared-core has 501 lines, more than 500"]
+    (core / "one.py").write_text("x = 1\n")
+    assert faults(core) == ["shared-core has 501 lines of code, more than 500"]
+
+
+def test_words_are_no_lines_of_code(core: Path) -> None:
+    before = line_count(core)
+    words = [
+        '"""A module."""',
+        "",
+        "# Why.",
+        "def f():",
+        '    """Two',
+        '    lines."""',
+        "    return 1",
+    ]
+    (core / "words.py").write_text("\n".join(words))
+    assert line_count(core) == before + 2
+    (core / "text.py").write_text('x = """one\ntwo\n"""  # a value\n')
+    assert line_count(core) == before + 5
 
 
 def test_a_further_dependency_is_a_fault(repository: Repository) -> None:

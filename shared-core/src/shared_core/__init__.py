@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoints import register_key_map
 from .generation import generate, next_token_pairs, stream
 from .layers import FeedForward, eval_mode
+from .positions import RelativePositionBias
 from .sampling import filter_logits, sample, top_k
 from .tensors import masked_mean, pad_to
 
@@ -12,6 +13,7 @@ __version__ = "1.0.0"
 
 __all__ = [
     "FeedForward",
+    "RelativePositionBias",
     "eval_mode",
     "filter_logits",
     "generate",
