@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_compiles(device: torch.device) -> None:
         ({"heads": 2, "max_distance": 16}, "max_distance must be above 16, got 16"),
     ],
 )
-def test_says_what_is_wrong(options: dict[str, int], message: str) -> None:
+def test_says_what_is_wrong(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         RelativePositionBias(**options)
 
