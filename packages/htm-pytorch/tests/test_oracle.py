@@ -232,10 +232,11 @@ def test_operators_are_registered_as_torch_wants_them(device: torch.device) -> N
 
 
 def test_counts_are_masks(device: torch.device) -> None:
-    """(b, j) numbers of first tokens of each chunk."""
+    """(b, n, k) numbers of first tokens of each chosen chunk."""
     q, keys, values, weights, indices, _, positions, c = draw_op(device, 1, 1)
-    counts = torch.tensor([[3, 1, 1], [2, 3, 1]], device=device)
-    mask = (torch.arange(3, device=device) < counts[..., None]).flatten(1)[:, :7]
+    by_chunk = torch.tensor([[3, 1, 1], [2, 3, 1]], device=device)
+    mask = (torch.arange(3, device=device) < by_chunk[..., None]).flatten(1)[:, :7]
+    counts = by_chunk.gather(1, indices.clamp(min=0).flatten(1)).view_as(indices)
     for attend in (attend_fused, attend_plain):
         by_counts = attend(q, keys, values, weights, indices, counts, positions, c)
         by_mask = attend(q, keys, values, weights, indices, mask, positions, c)

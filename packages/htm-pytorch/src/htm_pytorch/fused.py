@@ -72,6 +72,7 @@ def _blocks(
     weights = weights.reshape(b * n, k)
     chunks = indices.reshape(b * n, k)
     batch = torch.arange(b, device=q.device).repeat_interleave(n)
+    counts = None if mask is None or mask.dtype == torch.bool else mask.reshape(b * n, k)
     flat_keys = keys.reshape(b * m, g * e)
     flat_values = None if values is None else values.reshape(b * m, -1)
     working_set = _WORKING_SET if q.device.type == "cpu" else _ACCELERATOR_WORKING_SET
@@ -82,7 +83,8 @@ def _blocks(
         room.append(flat_values.new_empty(step * k * c, flat_values.shape[1]))
     for start in range(0, b * n, step):
         part = slice(start, start + step)
-        tokens, there = takes_part(chunks[part], m, mask, batch[part, None], c)
+        takes = mask if counts is None else counts[part]
+        tokens, there = takes_part(chunks[part], m, takes, batch[part, None], c)
         rows = (tokens + batch[part, None, None] * m).flatten(1)
         valid = None if there.all() else there
         found = _gather(flat_keys, rows, valid, g, q.dtype, room[0])
@@ -134,8 +136,8 @@ def attend_fused(
         values: (b, m, g, f); the keys where None.
         weights: (b, n, k) of the chunks.
         indices: (b, n, k) chunks; -1 for none, with a weight of 0.
-        mask: (b, m) boolean, True = take part; or (b, j) int64, so many first tokens
-            of each chunk do.
+        mask: (b, m) boolean, True = take part; or (b, n, k) int64, so many first tokens of each
+            of the chunks do.
         positions: (c, e) added to the keys, and the values, of every chunk; constants.
         c: tokens of a chunk.
 

@@ -195,10 +195,7 @@ class HTMAttention(nn.Module):
         summary: Summary,
         chunk_attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` for chunks that are summarised already; nothing is checked.
-
-        `mask` may be (b, j) int64 as well: so many first tokens of each chunk take part.
-        """
+        """`forward` for chunks that are summarised already; nothing is checked."""
         indices, weights = self.choose(queries, summary, chunk_attn_mask)
         return self.attend_found(queries, memories, mask, indices, weights), indices, weights
 
@@ -228,7 +225,10 @@ class HTMAttention(nn.Module):
         indices: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """What queries find in chunks (b, n, k) with weights (b, n, k); mask as `attend_chunks`."""
+        """What queries find in chunks (b, n, k) with weights (b, n, k); nothing is checked.
+
+        `mask` may be (b, n, k) int64 as well: so many first tokens of each of the chunks take part.
+        """
         k = indices.shape[2]
         if k == 0 or queries.numel() == 0:
             # Nothing to attend to, but every parameter has its gradient of zero.
@@ -287,11 +287,13 @@ class HTMAttention(nn.Module):
         c = self.mem_chunk_size
         places = torch.arange(m, device=indices.device)
         # Only what some query sees, since 0 times NaN would be in the weights' gradients.
-        chunks = torch.zeros(b, count_chunks(m, c) + 1, dtype=torch.bool, device=indices.device)
-        chunks.scatter_(1, indices.flatten(1) + 1, True)
-        seen = chunks[:, places // c + 1]
-        if mask is not None:
-            seen = seen & (mask if mask.dtype == torch.bool else places % c < mask[:, places // c])
+        by_token = mask is None or mask.dtype == torch.bool
+        counts = torch.full_like(indices, c) if mask is None or by_token else mask
+        chunks = counts.new_zeros(b, count_chunks(m, c) + 1)
+        chunks.scatter_reduce_(1, indices.flatten(1) + 1, counts.flatten(1), "amax")
+        seen = places % c < chunks[:, places // c + 1]
+        if mask is not None and by_token:
+            seen = seen & mask
         tokens = memories.to(queries.dtype).masked_fill(~seen[..., None], 0.0)
         if self.pos_emb is not None:
             positions = self.pos_emb(tokens.new_empty(c, self.dim))

@@ -77,8 +77,8 @@ def takes_part(
     Args:
         chunks: (..., k), -1 for none.
         m: tokens that there are.
-        mask: (b, m) boolean or (b, j) int64, see `fused.attend_fused`.
-        batch: the rows of the mask, broadcast to the shape of `chunks`.
+        mask: (b, m) boolean, or (..., k) int64 as `chunks`; see `fused.attend_fused`.
+        batch: the rows of a boolean mask, broadcast to the shape of `chunks`.
 
     Returns:
         Numbers (..., k, c) of tokens, those that are not there within bounds, too; and booleans.
@@ -91,8 +91,7 @@ def takes_part(
         return tokens, valid
     if mask.dtype == torch.bool:
         return tokens, valid & mask[batch[..., None], tokens]
-    counts = mask[batch, chunks.clamp(min=0)]
-    return tokens, valid & (within < counts[..., None])
+    return tokens, valid & (within < mask[..., None])
 
 
 def find(

@@ -273,14 +273,12 @@ class MemoryStore:
     ) -> Tensor:
         """Attention inside chunks (e, n, k) of the pool, which is one row of one batch."""
         pool, (e, n, k) = self._layout.pool, places.shape
-        counts = pool.counts[None, : pool.used]
-        if torch.is_grad_enabled():
-            # The backward pass is to see what the forward pass has seen.
-            counts = counts.clone()
+        # A copy, so that the backward pass sees what the forward pass has seen.
+        counts = pool.counts[places.clamp(min=0)]
         out = attention.attend_found(
             asking.reshape(1, e * n, self.dim),
             pool.tokens[: pool.used].flatten(0, 1)[None],
-            counts,
+            counts.reshape(1, e * n, k),
             places.reshape(1, e * n, k),
             weights.reshape(1, e * n, k),
         )
