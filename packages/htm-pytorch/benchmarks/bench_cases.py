@@ -1,7 +1,7 @@
 """What is measured of htm-pytorch; tools/bench.py reads this file.
 
 Width 512, 8 heads of 64, the 8 best chunks of 32 tokens; 128 queries unless a case says otherwise.
-The memories come with a mask, whose last tokens are padding.
+The memories come with a mask, whose last 48 tokens are padding unless a case says otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cases(device: str) -> list[Case]:
     ]
 
 
-def beside(title: str, arguments: dict[str, object], target: float) -> Case:
+def beside(title: str, arguments: dict[str, object], target: float | None = None) -> Case:
     return Case(
         title,
         "time",
@@ -53,6 +53,9 @@ def timed() -> Iterator[Case]:
     yield beside(f"forward, {SOME} tokens", {"m": SOME}, 35)
     yield beside(f"forward and backward, {SOME} tokens", {"m": SOME, "backward": True}, 30)
     yield beside(f"forward, {MANY} tokens", {"m": MANY}, 35)
+    for masked in ("four fifths", "here and there"):
+        title = f"forward, {SOME} tokens, masked {masked}"
+        yield beside(title, {"m": SOME, "masked": masked})
     yield Case(
         f"forward from a store, {MANY} tokens",
         "time",

@@ -16,7 +16,7 @@ DIM, HEADS, WIDTH, TOPK, CHUNK, QUERIES = 512, 8, 64, 8, 32, 128
 Run = Callable[[], Any]
 
 
-def attention(device: str, dtype: str = "float32") -> Any:
+def attention(device: str) -> Any:
     """The same arguments are known to both packages."""
     from htm_pytorch import HTMAttention
 
@@ -24,31 +24,39 @@ def attention(device: str, dtype: str = "float32") -> Any:
     module = HTMAttention(
         dim=DIM, heads=HEADS, topk_mems=TOPK, mem_chunk_size=CHUNK, dim_head=WIDTH
     )
-    return module.to(device, getattr(torch, dtype))
+    return module.to(device)
 
 
-def sequence(
-    n: int, device: str, *, rows: int = 1, seed: int = 0, dtype: str = "float32"
-) -> Tensor:
+def sequence(n: int, device: str, *, rows: int = 1, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, n, DIM, generator=generator)
-    return x.to(device, getattr(torch, dtype))
+    return torch.randn(rows, n, DIM, generator=generator).to(device)
 
 
-def padded(m: int, device: str, rows: int = 1) -> Tensor:
-    """A mask (rows, m) whose last tokens are padding, some of them in a chunk with others."""
-    mask = torch.ones(rows, m, dtype=torch.bool, device=device)
-    mask[:, -(CHUNK + CHUNK // 2) :] = False
-    return mask
+def mask_of(kind: str, m: int, device: str) -> Tensor:
+    """A mask (1, m)."""
+    mask = torch.ones(1, m, dtype=torch.bool)
+    if kind == "the end":
+        # Some of the last tokens are in a chunk with others.
+        mask[:, -(CHUNK + CHUNK // 2) :] = False
+    elif kind == "four fifths":
+        mask[:, m // 5 :] = False
+    elif kind == "here and there":
+        mask = torch.rand(1, m, generator=torch.Generator().manual_seed(0)) < 0.9
+    return mask.to(device)
 
 
 def core(
-    *, device: str, m: int, n: int = QUERIES, backward: bool = False, dtype: str = "float32"
+    *,
+    device: str,
+    m: int,
+    n: int = QUERIES,
+    backward: bool = False,
+    masked: str = "the end",
 ) -> Run:
-    module = attention(device, dtype)
-    queries, memories = (sequence(x, device, seed=x, dtype=dtype) for x in (n, m))
-    mask = padded(m, device)
-    cotangent = sequence(n, device, seed=1, dtype=dtype)
+    module = attention(device)
+    queries, memories = (sequence(x, device, seed=x) for x in (n, m))
+    mask = mask_of(masked, m, device)
+    cotangent = sequence(n, device, seed=1)
 
     def forward() -> None:
         with torch.no_grad():
@@ -134,6 +142,7 @@ def _vast(m: int, dim: int) -> Any:
 def from_vast_store(*, device: str, m: int, dim: int, part: str) -> Run:  # noqa: ARG001
     """One query to all that is stored: the whole of it, or finding the chunks alone."""
     from htm_pytorch import HTMAttention
+    from htm_pytorch.attention import choose
     from htm_pytorch.retrieval import Summary
 
     torch.manual_seed(0)
@@ -145,7 +154,7 @@ def from_vast_store(*, device: str, m: int, dim: int, part: str) -> Run:  # noqa
     def run() -> None:
         with torch.no_grad():
             if part == "search":
-                module.choose(query, Summary(view.means, view.some))
+                choose(module, query, Summary(view.means, view.some))
             else:
                 store.attend(module, query)
 

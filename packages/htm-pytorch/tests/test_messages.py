@@ -74,15 +74,34 @@ def test_new_arguments_have_names(cls: Any) -> None:
     refused(TypeError, lambda: cls(**SETTINGS)(x, x, None, None, True), "positional argument")
 
 
-@pytest.mark.parametrize("scales", [(0.0, 1e4), (-1.0, 1e4), (2.0, 0.0), (float("nan"), 1e4)])
+@pytest.mark.parametrize(
+    "scales", [(0.0, 1e4), (-1.0, 1e4), (2.0, 0.0), (float("nan"), 1e4), (2.0, float("inf"))]
+)
 def test_timescales(scales: tuple[float, float]) -> None:
-    fragments = ["timescales must be above 0", *scales]
+    fragments = ["timescales must be finite and above 0", *scales]
     refused(ValueError, lambda: SinusoidalPosition(6, *scales), *fragments)
 
 
 def test_width_of_positions() -> None:
     refused(ValueError, lambda: SinusoidalPosition(0), "dim must be at least 1, got 0")
     refused(TypeError, lambda: SinusoidalPosition(6.0), "dim must be an integer, got 6.0")
+    for scale, width in ((4.0, 4), (1.0, 12)):
+        said = f"min_timescale {scale} gives a width of {width}, not 6"
+        refused(ValueError, lambda scale=scale: SinusoidalPosition(6, scale), said)
+
+
+@CLASSES
+@pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf")])
+def test_eps(cls: Any, eps: float) -> None:
+    refused(ValueError, lambda: cls(**SETTINGS, eps=eps), "eps must be finite and at least 0", eps)
+
+
+@CLASSES
+@pytest.mark.parametrize("option", ["return_indices", "return_weights"])
+def test_what_legacy_does_not_return(cls: Any, option: str) -> None:
+    x = torch.zeros(1, 6, 6)
+    module = cls(**SETTINGS, legacy=True)
+    refused(ValueError, lambda: module(x, x, **{option: True}), f"legacy=True has no {option}")
 
 
 @CLASSES

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from htm_pytorch import HTMAttention, fused, oracle
+from htm_pytorch import HTMAttention, blocks, oracle
 from htm_pytorch.fused import attend_fused
 from htm_pytorch.plain import attend_plain
 from shared_core.testing import assert_same_gradients
@@ -163,7 +163,11 @@ def test_indices_and_weights_are_the_oracle_s(
             assert rest.eq(0.0).all()
 
 
-def draw_op(device: torch.device, seed: int, g: int) -> tuple[Any, ...]:
+# Of width 2 the probabilities are computed again in the backward pass, of width 8 they are kept.
+WIDTHS = pytest.mark.parametrize("e", [2, 8])
+
+
+def draw_op(device: torch.device, seed: int, g: int, e: int) -> tuple[Any, ...]:
     """Arguments of `attend_fused`: 2 rows, 3 queries, 4 heads, 7 tokens in chunks of 3."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -176,20 +180,21 @@ def draw_op(device: torch.device, seed: int, g: int) -> tuple[Any, ...]:
     # A chunk is chosen only where a token of it takes part.
     mask[:, ::3] = True
     values = None if g == 1 else draw(2, 7, g, 5)
-    positions = draw(3, 2) if g == 1 else None
-    return draw(2, 3, 4, 2), draw(2, 7, g, 2), values, weights, indices, mask, positions, 3
+    positions = draw(3, e) if g == 1 else None
+    return draw(2, 3, 4, e), draw(2, 7, g, e), values, weights, indices, mask, positions, 3
 
 
 @pytest.mark.parametrize("g", [1, 2, 4])
 @pytest.mark.parametrize("elements", [1, 40, 2**20])
+@WIDTHS
 def test_fused_equals_plain(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, g: int, elements: int
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, g: int, elements: int, e: int
 ) -> None:
     """Whatever number of queries is worked on at a time."""
-    monkeypatch.setattr(fused, "_WORKING_SET", elements)
-    monkeypatch.setattr(fused, "_ACCELERATOR_WORKING_SET", elements)
+    monkeypatch.setattr(blocks, "_WORKING_SET", elements)
+    monkeypatch.setattr(blocks, "_ACCELERATOR_WORKING_SET", elements)
     for seed in range(5):
-        q, keys, values, weights, *rest = draw_op(device, seed, g)
+        q, keys, values, weights, *rest = draw_op(device, seed, g, e)
         leaves = [x for x in (q, keys, values, weights) if x is not None]
 
         def call(
@@ -207,8 +212,9 @@ def test_fused_equals_plain(
 
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 @pytest.mark.parametrize("g", [1, 4])
-def test_every_derivative(device: torch.device, check: Any, g: int) -> None:
-    q, keys, values, weights, indices, *rest = draw_op(device, 1, g)
+@WIDTHS
+def test_every_derivative(device: torch.device, check: Any, g: int, e: int) -> None:
+    q, keys, values, weights, indices, *rest = draw_op(device, 1, g, e)
     leaves = [x.requires_grad_() for x in (q, keys, values, weights) if x is not None]
 
     def call(*given: Tensor) -> Tensor:
@@ -222,18 +228,19 @@ def test_every_derivative(device: torch.device, check: Any, g: int) -> None:
     assert check(call, tuple(leaves))
 
 
-def test_operators_are_registered_as_torch_wants_them(device: torch.device) -> None:
+@WIDTHS
+def test_operators_are_registered_as_torch_wants_them(device: torch.device, e: int) -> None:
     for g in (1, 4):
-        arguments = draw_op(device, 1, g)
+        arguments = draw_op(device, 1, g, e)
         for x in arguments[:4]:
             if x is not None:
                 x.requires_grad_()
-        torch.library.opcheck(attend_fused, arguments)
+        torch.library.opcheck(torch.ops.htm_pytorch.attend.default, (*arguments, e == 8))
 
 
 def test_counts_are_masks(device: torch.device) -> None:
     """(b, n, k) numbers of first tokens of each chosen chunk."""
-    q, keys, values, weights, indices, _, positions, c = draw_op(device, 1, 1)
+    q, keys, values, weights, indices, _, positions, c = draw_op(device, 1, 1, 2)
     by_chunk = torch.tensor([[3, 1, 1], [2, 3, 1]], device=device)
     mask = (torch.arange(3, device=device) < by_chunk[..., None]).flatten(1)[:, :7]
     counts = by_chunk.gather(1, indices.clamp(min=0).flatten(1)).view_as(indices)

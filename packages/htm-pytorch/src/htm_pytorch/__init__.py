@@ -3,6 +3,7 @@
 from htm_pytorch.model import HTMAttention as HTMAttention
 from htm_pytorch.model import HTMBlock as HTMBlock
 from htm_pytorch.model import SinusoidalPosition as SinusoidalPosition
+from htm_pytorch.retrieval import Summary as Summary
 from htm_pytorch.search import FaissSearch as FaissSearch
 from htm_pytorch.search import Search as Search
 from htm_pytorch.store import MemoryStore as MemoryStore
@@ -16,4 +17,5 @@ __all__ = [
     "MemoryStore",
     "Search",
     "SinusoidalPosition",
+    "Summary",
 ]

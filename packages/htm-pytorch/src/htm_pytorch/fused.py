@@ -1,8 +1,8 @@
 """Attention inside chosen chunks, a few queries at a time, with its own backward pass.
 
 Forward and backward gather the chunks of a few queries, so that what they gather stays in a core's
-cache; the backward pass computes the weights again, so nothing of the size of what was gathered is
-kept. Both are opaque operators: `torch.compile` and `torch.export` see one node of any length.
+cache, and nothing of its size is kept. Both are opaque operators: `torch.compile` and
+`torch.export` see one node of any length.
 
 Shapes: b batch, n queries, h query heads, g heads of keys and values (1 or h), m tokens, e width of
 a key, f width of a value, k chunks a query, c tokens a chunk; r queries at a time, t = k c.
@@ -10,19 +10,13 @@ a key, f width of a value, k chunks a query, c tokens a chunk; r queries at a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from htm_pytorch.blocks import Job, MemoryGradients, Sums
 from htm_pytorch.plain import attend_plain
-from htm_pytorch.retrieval import NOTHING, takes_part
-
-# Elements of keys that are gathered at a time: what a core's cache holds, and what keeps an
-# accelerator busy.
-_WORKING_SET = 2**19
-_ACCELERATOR_WORKING_SET = 2**26
 
 _INPUTS = (
     "Tensor q, Tensor keys, Tensor? values, Tensor weights, Tensor indices, Tensor? mask, "
@@ -30,94 +24,6 @@ _INPUTS = (
 )
 
 
-class _Block(NamedTuple):
-    """A few queries and what they attend to.
-
-    Attributes:
-        part: which of the b n queries.
-        q: (r, g, h / g, e). keys: (r, g, t, e). values: (r, g, t, f); both 0 where not valid.
-        rows: (r, t) of all b m tokens.
-        weights: (r, k).
-        probabilities: (r, g, h / g, k, c) of a token inside its chunk.
-    """
-
-    part: slice
-    q: Tensor
-    keys: Tensor
-    values: Tensor
-    rows: Tensor
-    weights: Tensor
-    probabilities: Tensor
-
-    def weighted(self) -> Tensor:
-        """(r, g, h / g, t) weights of tokens of all chunks."""
-        share = self.probabilities * self.weights[:, None, None, :, None]
-        return share.flatten(-2).to(self.values.dtype)
-
-
-def _blocks(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    weights: Tensor,
-    indices: Tensor,
-    mask: Tensor | None,
-    positions: Tensor | None,
-    c: int,
-) -> Iterator[_Block]:
-    b, n, h, e = q.shape
-    m, g = keys.shape[1:3]
-    k = indices.shape[2]
-    q = q.reshape(b * n, g, h // g, e)
-    weights = weights.reshape(b * n, k)
-    chunks = indices.reshape(b * n, k)
-    batch = torch.arange(b, device=q.device).repeat_interleave(n)
-    counts = None if mask is None or mask.dtype == torch.bool else mask.reshape(b * n, k)
-    flat_keys = keys.reshape(b * m, g * e)
-    flat_values = None if values is None else values.reshape(b * m, -1)
-    working_set = _WORKING_SET if q.device.type == "cpu" else _ACCELERATOR_WORKING_SET
-    step = min(b * n, max(1, working_set // (k * c * g * e)))
-    # Kept from block to block: memory that is new each time costs more than what is read into it.
-    room = [flat_keys.new_empty(step * k * c, g * e)]
-    if flat_values is not None:
-        room.append(flat_values.new_empty(step * k * c, flat_values.shape[1]))
-    for start in range(0, b * n, step):
-        part = slice(start, start + step)
-        takes = mask if counts is None else counts[part]
-        tokens, there = takes_part(chunks[part], m, takes, batch[part, None], c)
-        rows = (tokens + batch[part, None, None] * m).flatten(1)
-        valid = None if there.all() else there
-        found = _gather(flat_keys, rows, valid, g, q.dtype, room[0])
-        scores = (q[part] @ found.mT).to(torch.promote_types(q.dtype, torch.float32))
-        scores = scores.unflatten(-1, (k, c))
-        if positions is not None:
-            scores += (q[part] @ positions.mT).unsqueeze(-2)
-        if valid is not None:
-            scores.masked_fill_(~valid[:, None, None], NOTHING)
-        seen = found
-        if flat_values is not None:
-            seen = _gather(flat_values, rows, valid, g, q.dtype, room[1])
-        yield _Block(part, q[part], found, seen, rows, weights[part], scores.softmax(-1))
-
-
-def _gather(
-    x: Tensor,
-    rows: Tensor,
-    valid: Tensor | None,
-    g: int,
-    dtype: torch.dtype,
-    room: Tensor,
-) -> Tensor:
-    """Rows (r, t) of x (b m, g e), 0 where not valid: (r, g, t, e), in `room`."""
-    room = room[: rows.numel()]
-    torch.index_select(x, 0, rows.flatten(), out=room)
-    if valid is not None:
-        # Not by a product: what is masked may hold NaN.
-        room.masked_fill_(~valid.flatten()[:, None], 0.0)
-    return room.to(dtype).view(*rows.shape, g, -1).transpose(1, 2)
-
-
-@torch.library.custom_op("htm_pytorch::attend", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def attend_fused(
     q: Tensor,
     keys: Tensor,
@@ -144,36 +50,71 @@ def attend_fused(
     Returns:
         (b, n, h, f).
     """
-    out = _new_output(q, keys, values)
-    flat = out.view(-1, keys.shape[2], q.shape[2] // keys.shape[2], out.shape[3])
-    if indices.numel() == 0 or keys.shape[1] == 0:
-        return out.zero_()
-    for block in _blocks(q, keys, values, weights, indices, mask, positions, c):
-        weighted = block.weighted()
-        found = weighted @ block.values
-        if positions is not None:
-            found += weighted.unflatten(-1, (-1, c)).sum(-2) @ positions
-        flat[block.part] = found
+    inputs = (q, keys, values, weights, indices, mask, positions, c)
+    needed = any(x is not None and x.requires_grad for x in (q, keys, values, weights))
+    # Kept for the backward pass where they take no more than the queries do.
+    keep = needed and torch.is_grad_enabled() and indices.shape[2] * c <= q.shape[3]
+    out: Tensor = _attend(*inputs, keep)[0]
     return out
 
 
-def _new_output(q: Tensor, keys: Tensor, values: Tensor | None) -> Tensor:
-    width = keys.shape[3] if values is None else values.shape[3]
-    return q.new_empty(*q.shape[:3], width)
+@torch.library.custom_op(
+    "htm_pytorch::attend", mutates_args=(), schema=f"({_INPUTS}, bool keep) -> (Tensor, Tensor)"
+)
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    weights: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    c: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `attend_fused`; and the probabilities (b n, g, h / g, k, c), empty unless `keep`."""
+    out, kept = _new_outputs(q, keys, values, indices, c, keep)
+    if indices.numel() == 0 or keys.shape[1] == 0:
+        return out.zero_(), kept.zero_()
+    job = Job(q, keys, values, weights, indices, mask, positions, c)
+    sums = Sums(job, out.view(*job.q.shape[:3], -1))
+    for part in job.parts():
+        found = job.keys(part)
+        probabilities = job.probabilities(part, found)
+        if keep:
+            kept[part] = probabilities
+        if job.values is not job.keys:
+            found = job.values(part)
+        sums.add(part, job.weighted(part, probabilities).to(q.dtype), found)
+    sums.finish()
+    return out, kept
 
 
-@attend_fused.register_fake
-def _(q: Tensor, keys: Tensor, values: Tensor | None, *_: Any) -> Tensor:
-    return _new_output(q, keys, values)
+def _new_outputs(
+    q: Tensor, keys: Tensor, values: Tensor | None, indices: Tensor, c: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    (b, n, h, _), g, k = q.shape, keys.shape[2], indices.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    width = (keys if values is None else values).shape[3]
+    shape = (b * n, g, h // g, k, c) if keep else (0,)
+    return q.new_empty(b, n, h, width), q.new_empty(shape, dtype=wide)
+
+
+@_attend.register_fake
+def _(q: Tensor, keys: Tensor, values: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    _, indices, _, _, c, keep = others
+    return _new_outputs(q, keys, values, indices, c, keep)
 
 
 @torch.library.custom_op(
     "htm_pytorch::attend_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, bool memories) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor kept, {_INPUTS}, bool memories) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
     grad: Tensor,
+    kept: Tensor,
     q: Tensor,
     keys: Tensor,
     values: Tensor | None,
@@ -184,78 +125,79 @@ def _attend_backward(
     c: int,
     memories: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, keys, values and weights; empty for keys and values unless `memories`."""
+    """Gradients of q, keys, values and weights; empty for keys and values unless `memories`.
+
+    `kept` are the probabilities; they are computed again where it is empty.
+    """
     grads = _new_gradients(q, keys, values, weights, memories)
-    for x in grads:
-        x.zero_()
     if indices.numel() == 0 or keys.shape[1] == 0:
-        return grads
-    b, m, g, e = keys.shape
-    flat_q = grads[0].view(-1, g, q.shape[2] // g, e)
-    flat_keys, flat_values = (x.view(b * m, -1) for x in grads[1:3])
-    flat_weights = grads[3].view(-1, weights.shape[2])
-    grad = grad.reshape(*flat_q.shape[:3], -1)
-    for block in _blocks(q, keys, values, weights, indices, mask, positions, c):
-        asked = grad[block.part]
-        # What every token adds to the loss where it is seen: (r, g, h / g, k, c).
-        worth = (asked @ block.values.mT).unflatten(-1, (-1, c))
-        if positions is not None:
-            worth = worth + (asked @ positions.mT).unsqueeze(-2)
-        mean = (block.probabilities * worth).sum(-1, keepdim=True)
-        flat_weights[block.part] = mean.sum((1, 2))[..., 0]
-        weighted = block.weighted()
-        grad_scores = weighted.unflatten(-1, (-1, c)) * (worth - mean).to(weighted.dtype)
-        flat_scores = grad_scores.flatten(-2)
-        found = flat_scores @ block.keys
-        if positions is not None:
-            found += grad_scores.sum(-2) @ positions
-        flat_q[block.part] = found
-        if memories:
-            _add(flat_keys, block.rows, flat_scores.mT @ block.q)
-            into = flat_keys if values is None else flat_values
-            _add(into, block.rows, weighted.mT @ asked)
+        return tuple(x.zero_() for x in grads)  # type: ignore[return-value]
+    job = Job(q, keys, values, weights, indices, mask, positions, c)
+    flat_weights = grads[3].view(len(job.q), -1)
+    sums = Sums(job, grads[0].view(job.q.shape))
+    into = MemoryGradients(job, keys, values) if memories else None
+    grad = grad.reshape(*job.q.shape[:3], -1)
+    offsets = job.to_positions(grad)
+    for part in job.parts():
+        found = job.keys(part)
+        probabilities = kept[part] if kept.numel() else job.probabilities(part, found)
+        weighted = job.weighted(part, probabilities)
+        seen = found if job.values is job.keys else job.values(part)
+        # What every token adds to the loss where it is seen.
+        gain = job.products(grad[part], seen, offsets, part)
+        mean = (probabilities * gain).sum(-1, keepdim=True)
+        flat_weights[part] = mean.sum((1, 2))[..., 0]
+        grad_scores = (weighted * (gain - mean)).to(q.dtype)
+        sums.add(part, grad_scores, found)
+        if into is not None:
+            into.add(part, grad_scores, weighted.to(q.dtype), grad[part])
+    grads[3].masked_fill_(indices < 0, 0.0)
+    sums.finish()
+    if into is not None:
+        grads = (grads[0], *into.results(keys, values), grads[3])
     return grads
 
 
-def _add(total: Tensor, rows: Tensor, x: Tensor) -> None:
-    """Adds (r, g, t, e) to rows (r, t) of (b m, g e). Masked rows get 0."""
-    total.index_add_(0, rows.flatten(), x.transpose(1, 2).reshape(rows.numel(), -1))
-
-
 @_attend_backward.register_fake
-def _(grad: Tensor, q: Tensor, keys: Tensor, values: Tensor | None, *inputs: Any) -> Any:  # noqa: ARG001
-    return _new_gradients(q, keys, values, inputs[0], inputs[-1])
+def _(
+    grad: Tensor,  # noqa: ARG001
+    kept: Tensor,  # noqa: ARG001
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    *others: Any,
+) -> Any:
+    return _new_gradients(q, keys, values, others[0], others[-1])
 
 
 def _new_gradients(
     q: Tensor, keys: Tensor, values: Tensor | None, weights: Tensor, memories: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = q.new_empty(0)
-
     def new(x: Tensor | None) -> Tensor:
-        return q.new_empty(x.shape) if memories and x is not None else nothing.clone()
+        return keys.new_empty(0) if x is None or not memories else x.new_empty(x.shape)
 
     return q.new_empty(q.shape), new(keys), new(values), q.new_empty(weights.shape)
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:7])
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *inputs[:7])
     ctx.c = inputs[7]
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     # Once: a checkpoint gives them no second time.
     saved = ctx.saved_tensors
     memories = any(ctx.needs_input_grad[1:3])
     grads = _attend_backward(grad, *saved, ctx.c, memories)
     grad_keys = grads[1] if memories else None
-    grad_values = grads[2] if memories and saved[2] is not None else None
-    return grads[0], grad_keys, grad_values, grads[3], None, None, None, None
+    grad_values = grads[2] if memories and saved[3] is not None else None
+    return grads[0], grad_keys, grad_values, grads[3], *[None] * 5
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:8])
-    ctx.c, ctx.memories = inputs[8:]
+    ctx.save_for_backward(inputs[0], *inputs[2:9])
+    ctx.c, ctx.memories = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
@@ -272,11 +214,12 @@ def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...
         wanted = [(leaves[1:][i], cotangents[i]) for i in places if leaves[1:][i] is not None]
         wanted = [(x, cotangent) for x, cotangent in wanted if cotangent is not None]
         if not wanted:
-            return (None,) * 10
+            return (None,) * 11
         first = torch.autograd.grad(out, [x for x, _ in wanted], leaves[0], create_graph=True)
         inputs = [x for x in leaves if x is not None]
         second = iter(torch.autograd.grad(first, inputs, [y for _, y in wanted], allow_unused=True))
-    return (*(None if x is None else next(second) for x in leaves), *[None] * 5)
+    grads = [None if x is None else next(second) for x in leaves]
+    return (grads[0], None, *grads[1:], *[None] * 5)
 
 
 torch.library.register_autograd("htm_pytorch::attend", _differentiate, setup_context=_save_forward)

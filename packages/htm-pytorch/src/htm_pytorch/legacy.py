@@ -25,11 +25,11 @@ def attend_legacy(
     memories: Tensor,
     mask: Tensor | None,
     chunk_attn_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """As the reference: memories are padded in front, and padding counts where there is no mask.
 
     Returns:
-        (b, n, d), the chunks (b, n, k) and their weights (b, n, k).
+        (b, n, d).
 
     Raises:
         ValueError: there are fewer chunks than `topk_mems`.
@@ -66,4 +66,5 @@ def attend_legacy(
     if seen is not None:
         scores = scores.masked_fill(~seen[batch, indices][:, :, :, None], lowest)
     answers = torch.einsum("bnkhc,bnkche->bnkhe", scores.softmax(-1), values).flatten(3)
-    return (module.attn.to_out(answers) * weights[..., None]).sum(2), indices, weights
+    out: Tensor = (module.attn.to_out(answers) * weights[..., None]).sum(2)
+    return out

@@ -6,11 +6,13 @@ chunks, k of them that a query attends to, h heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from htm_pytorch.attention import attend_chosen, choose
 from htm_pytorch.checks import (
     check_choice,
     check_mask,
@@ -18,9 +20,8 @@ from htm_pytorch.checks import (
     check_same_batch,
     check_sequence,
 )
-from htm_pytorch.fused import attend_fused
 from htm_pytorch.legacy import attend_legacy, check_legacy_options
-from htm_pytorch.retrieval import Summary, count_chunks, find, summarise
+from htm_pytorch.retrieval import count_chunks, summarise
 
 IMPLEMENTATIONS = ("auto", "absorbed", "projected")
 
@@ -39,7 +40,8 @@ class SinusoidalPosition(nn.Module):
 
     Args:
         dim: width.
-        min_timescale: distance of neighbouring frequencies; the reference's name for it.
+        min_timescale: distance of neighbouring frequencies among `dim` exponents, and no timescale
+            in spite of the reference's name for it. One that gives another width is refused.
         max_timescale: longest wavelength, in units of 2 pi.
 
     Raises:
@@ -50,13 +52,26 @@ class SinusoidalPosition(nn.Module):
 
     def __init__(self, dim: int, min_timescale: float = 2.0, max_timescale: float = 1e4) -> None:
         check_positive(dim=dim)
-        if not min_timescale > 0.0 or not max_timescale > 0.0:
-            raise ValueError(f"timescales must be above 0, got {min_timescale} and {max_timescale}")
+        if not 0.0 < min_timescale < math.inf or not 0.0 < max_timescale < math.inf:
+            raise ValueError(
+                f"timescales must be finite and above 0, got {min_timescale} and {max_timescale}"
+            )
+        width = 2 * math.ceil(dim / min_timescale)
+        if width not in (dim, dim + dim % 2):
+            raise ValueError(f"min_timescale {min_timescale} gives a width of {width}, not {dim}")
         super().__init__()
         self.dim: int = dim
+        self.min_timescale: float = min_timescale
+        self.max_timescale: float = max_timescale
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        freqs = torch.arange(0, dim, min_timescale, dtype=dtype)
-        self.register_buffer("inv_freqs", max_timescale ** (-freqs / dim))
+        self.register_buffer("inv_freqs", torch.empty(width // 2, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Computes the frequencies, for instance after `to_empty`."""
+        freqs = self.min_timescale * torch.arange(len(self.inv_freqs), dtype=torch.float64)
+        with torch.no_grad():
+            self.inv_freqs.copy_(self.max_timescale ** (-freqs / self.dim))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SinusoidalPosition:
         """Keeps the frequencies in full precision where the module is cast to bf16 or fp16."""
@@ -127,6 +142,8 @@ class HTMAttention(nn.Module):
             dim_head=dim_head,
         )
         check_choice("impl", impl, IMPLEMENTATIONS)
+        if not 0.0 <= eps < math.inf:
+            raise ValueError(f"eps must be finite and at least 0, got {eps}")
         if legacy:
             check_legacy_options(detach_memories=detach_memories, impl=impl == "auto")
         super().__init__()
@@ -170,6 +187,7 @@ class HTMAttention(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or shape; nothing is broadcast.
+                With `legacy`, also for an option that the reference does not have.
         """
         check_sequence("queries", queries, self.dim)
         check_sequence("memories", memories, self.dim)
@@ -180,134 +198,15 @@ class HTMAttention(nn.Module):
             chunks = count_chunks(memories.shape[1], self.mem_chunk_size)
             check_mask("chunk_attn_mask", chunk_attn_mask, (*queries.shape[:2], chunks))
         if self.legacy:
-            found = attend_legacy(self, queries, memories, mask, chunk_attn_mask)
-        else:
-            memories = memories.detach() if self.detach_memories else memories
-            summary = summarise(memories, mask, self.mem_chunk_size)
-            found = self.attend_chunks(queries, memories, mask, summary, chunk_attn_mask)
-        return asked_for(*found, return_indices, return_weights)
-
-    def attend_chunks(
-        self,
-        queries: Tensor,
-        memories: Tensor,
-        mask: Tensor | None,
-        summary: Summary,
-        chunk_attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` for chunks that are summarised already; nothing is checked."""
-        indices, weights = self.choose(queries, summary, chunk_attn_mask)
-        return self.attend_found(queries, memories, mask, indices, weights), indices, weights
-
-    def choose(
-        self,
-        queries: Tensor,
-        summary: Summary,
-        chunk_attn_mask: Tensor | None = None,
-        candidates: Callable[[Tensor, Summary, int, Tensor | None], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Chunks (b, n, min(k, j)) that queries attend to, and their weights; see `find`."""
-        k = min(self.topk_mems, summary.means.shape[1])
-        if k == 0 or queries.numel() == 0:
-            indices = torch.full((*queries.shape[:2], k), -1, device=queries.device)
-            return indices, queries.new_zeros(indices.shape)
-        # (W_q q + b_q) . (W_k s + b_k): of one query b_k adds as much to all chunks, which is
-        # nothing to a softmax. Its gradient is 0, not None, as data parallelism wants it.
-        asking = self.to_summary_queries(queries) @ self.to_summary_keys.weight
-        asking = asking * self.dim**-0.5 + self.to_summary_keys.bias.sum() * 0.0
-        return find(asking, summary, k, chunk_attn_mask, candidates)
-
-    def attend_found(
-        self,
-        queries: Tensor,
-        memories: Tensor,
-        mask: Tensor | None,
-        indices: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """What queries find in chunks (b, n, k) with weights (b, n, k); nothing is checked.
-
-        `mask` may be (b, n, k) int64 as well: so many first tokens of each of the chunks take part.
-        """
-        k = indices.shape[2]
-        if k == 0 or queries.numel() == 0:
-            # Nothing to attend to, but every parameter has its gradient of zero.
-            return queries * 0.0 + sum(parameter.sum() * 0.0 for parameter in self.parameters())
-        chunks = count_chunks(memories.shape[1], self.mem_chunk_size)
-        attend = self._projected if self._projects(queries, k, chunks) else self._absorbed
-        answers = attend(queries, memories, mask, indices, weights).to(queries.dtype)
-        out = nn.functional.linear(answers.flatten(2), self.attn.to_out.weight)
-        out = out + (indices >= 0).any(-1, keepdim=True) * self.attn.to_out.bias
-        return out.to(queries.dtype)
-
-    def _projects(self, queries: Tensor, k: int, chunks: int) -> bool:
-        """Whether projecting the memories costs less than working on them as they are.
-
-        A pair of a query and a chunk costs `heads` products of width d, or of width dim_head once
-        the chunk has been projected.
-        """
-        if self.impl != "auto":
-            return self.impl == "projected"
-        # A graph with dynamic lengths would be bound to one of the two ways.
-        if self.dim <= self.dim_head or torch.compiler.is_compiling():
-            return False
-        queries_of_a_chunk = queries.shape[1] * k / chunks
-        return queries_of_a_chunk > self.dim * self.dim_head / (self.dim - self.dim_head)
-
-    def _absorbed(
-        self,
-        queries: Tensor,
-        memories: Tensor,
-        mask: Tensor | None,
-        indices: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """Answers (b, n, h, dim_head) with all projections on the side of the queries."""
-        keys, values = self.attn.to_kv.weight.view(2, self.heads, self.dim_head, -1)
-        asking = torch.einsum("bnhe,hed->bnhd", self._queries(queries), keys)
-        positions = None
-        if self.pos_emb is not None:
-            positions = self.pos_emb(asking.new_empty(self.mem_chunk_size, self.dim))
-        c = self.mem_chunk_size
-        found = attend_fused(
-            asking, memories[:, :, None], None, weights, indices, mask, positions, c
-        )
-        return torch.einsum("bnhd,hed->bnhe", found, values.to(found.dtype))
-
-    def _projected(
-        self,
-        queries: Tensor,
-        memories: Tensor,
-        mask: Tensor | None,
-        indices: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """Answers (b, n, h, dim_head) from keys and values of all tokens."""
-        b, m, _ = memories.shape
-        c = self.mem_chunk_size
-        places = torch.arange(m, device=indices.device)
-        # Only what some query sees, since 0 times NaN would be in the weights' gradients.
-        by_token = mask is None or mask.dtype == torch.bool
-        counts = torch.full_like(indices, c) if mask is None or by_token else mask
-        chunks = counts.new_zeros(b, count_chunks(m, c) + 1)
-        chunks.scatter_reduce_(1, indices.flatten(1) + 1, counts.flatten(1), "amax")
-        seen = places % c < chunks[:, places // c + 1]
-        if mask is not None and by_token:
-            seen = seen & mask
-        tokens = memories.to(queries.dtype).masked_fill(~seen[..., None], 0.0)
-        if self.pos_emb is not None:
-            positions = self.pos_emb(tokens.new_empty(c, self.dim))
-            tokens = tokens + positions[places % c]
-        keys, values = self.attn.to_kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        asking = self._queries(queries).to(keys.dtype)
-        found: Tensor = attend_fused(asking, keys, values, weights, indices, mask, None, c)
-        return found
-
-    def _queries(self, queries: Tensor) -> Tensor:
-        """(b, n, h, dim_head), scaled."""
-        asking: Tensor = self.attn.to_q(queries).unflatten(-1, (self.heads, self.dim_head))
-        scale: float = self.dim_head**-0.5
-        return asking * scale
+            check_legacy_options(
+                return_indices=not return_indices, return_weights=not return_weights
+            )
+            return attend_legacy(self, queries, memories, mask, chunk_attn_mask)
+        memories = memories.detach() if self.detach_memories else memories
+        summary = summarise(memories, mask, self.mem_chunk_size)
+        indices, weights = choose(self, queries, summary, chunk_attn_mask)
+        out = attend_chosen(self, queries, memories, mask, indices, weights)
+        return asked_for(out, indices, weights, return_indices, return_weights)
 
 
 class HTMBlock(nn.Module):

@@ -34,7 +34,10 @@ def attend_plain(
     found = gather(keys)
     q = q.unflatten(2, (g, -1))
     scores = torch.einsum("bnghe,bnkcge->bnghkc", q, found)
+    # Wide, since half precision has no room for what stands for nothing.
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     scores = scores.masked_fill(~valid[:, :, None, None], NOTHING)
-    share = scores.softmax(-1) * weights[:, :, None, None, :, None]
+    weights = weights.masked_fill(indices < 0, 0.0)
+    share = scores.softmax(-1).to(q.dtype) * weights[:, :, None, None, :, None]
     seen = found if values is None else gather(values)
     return torch.einsum("bnghkc,bnkcge->bnghe", share, seen).flatten(2, 3)

@@ -12,6 +12,7 @@ h heads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,16 @@ NOTHING = -1e30
 # Scores of queries and chunks that are kept at a time while searching.
 _SEARCHED = 2**22
 
+# Elements that are converted to a wider type at a time: what a core's cache holds.
+_CONVERTED = 2**18
+
 
 class Summary(NamedTuple):
     """What is known of chunks.
 
     Attributes:
-        means: (b, j, d) of their unmasked tokens, 0 where there is none.
+        means: (b, j, d) of their unmasked tokens, float32 or wider; where there is none, of no
+            importance.
         some: (b, j) boolean, whether there is one; None where all have one.
     """
 
@@ -43,30 +48,55 @@ def count_chunks(m: int, c: int) -> int:
     return -(-m // c)
 
 
+def in_full(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast of products of x: half precision would mistake chunks for each other."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def summarise(memories: Tensor, mask: Tensor | None, c: int) -> Summary:
     """Means of chunks of memories (b, m, d), mask (b, m)."""
-    m = memories.shape[1]
+    b, m, d = memories.shape
+    wide = torch.promote_types(memories.dtype, torch.float32)
     if m == 0:
-        return Summary(memories, None)
+        return Summary(memories.to(wide), None)
+    seen = torch.ones_like(memories[..., 0], dtype=torch.bool) if mask is None else mask
     if torch.compiler.is_compiling() or type(memories.data) is not Tensor or memories.is_meta:
         # No numbers to look at: one graph for any m, whether its last chunk is cut or not.
-        seen = torch.ones_like(memories[..., 0], dtype=torch.bool) if mask is None else mask
-        tokens, seen = (pad_to(x, c, 1).unflatten(1, (-1, c)) for x in (memories, seen))
+        tokens, seen = (pad_to(x, c, 1).unflatten(1, (-1, c)) for x in (memories.to(wide), seen))
         return Summary(masked_mean(tokens, seen, 2), None if mask is None else seen.any(2))
-    # Without a copy of the memories.
-    before = (count_chunks(m, c) - 1) * c
-    wide = torch.promote_types(memories.dtype, torch.float32)
-    sums = memories[:, :before].unflatten(1, (-1, c)).sum(2, dtype=wide)
-    sums = torch.cat((sums, memories[:, before:].sum(1, keepdim=True, dtype=wide)), 1)
-    sizes = (m - c * torch.arange(sums.shape[1], device=memories.device)).clamp(max=c)
-    means = (sums / sizes[:, None]).to(memories.dtype)
-    if mask is None:
-        return Summary(means, None)
-    counts = pad_to(mask, c, 1).unflatten(1, (-1, c)).sum(2)
-    batch, chunks = (counts < sizes).nonzero(as_tuple=True)
-    tokens, seen = takes_part(chunks, m, mask, batch, c)
-    cut = masked_mean(memories[batch[:, None], tokens], seen, 1)
-    return Summary(means.index_put((batch, chunks), cut), counts > 0)
+    # Without a copy of the memories: a product with the mask. All rows at once where chunks lie
+    # one behind the other.
+    shape = (b, m, d) if m % c else (1, b * m, d)
+    before = shape[1] // c * c
+    parts = []
+    with in_full(memories):
+        for tokens, share in zip(
+            memories.reshape(shape), seen.to(wide).view(shape[:2]), strict=True
+        ):
+            parts.append(_sums(tokens[:before].reshape(-1, c, d), share[:before].view(-1, 1, c)))
+            if before < shape[1]:
+                parts.append(_sums(tokens[None, before:], share[None, None, before:]))
+    sums = torch.cat(parts or [memories.new_empty(0, d, dtype=wide)])
+    sums = sums.view(b, count_chunks(m, c), d)
+    counts = pad_to(seen, c, 1, value=False).unflatten(1, (-1, c)).sum(2)
+    means = sums / counts.clamp(min=1)[..., None]
+    some = None if mask is None else counts > 0
+    if mask is None or bool(means.isfinite().all()):
+        return Summary(means, some)
+    # What is masked may hold NaN, and 0 times NaN is no 0.
+    batch, chunks = (~means.isfinite().all(-1)).nonzero(as_tuple=True)
+    numbers, seen = takes_part(chunks, m, mask, batch, c)
+    cut = masked_mean(memories[batch[:, None], numbers].to(wide), seen, 1)
+    return Summary(means.index_put((batch, chunks), cut), some)
+
+
+def _sums(tokens: Tensor, share: Tensor) -> Tensor:
+    """Sums (j, d) of tokens (j, c, d) by shares (j, 1, c) of a type that is as wide or wider."""
+    if tokens.dtype == share.dtype:
+        return torch.bmm(share, tokens)[:, 0]
+    step = max(1, _CONVERTED // max(1, tokens[0].numel())) if len(tokens) else 1
+    pairs = zip(tokens.split(step), share.split(step), strict=True)
+    return torch.cat([torch.bmm(y, x.to(y.dtype))[:, 0] for x, y in pairs])
 
 
 def takes_part(
@@ -111,34 +141,32 @@ def find(
 
     Returns:
         Chunks (b, n, k), most relevant first, and weights (b, n, k), a softmax of their relevance.
-        A query that may choose fewer has -1 and 0 in the place of the others.
+        A query that may choose fewer has -1 and 0 at the end. All in the full width of the means.
     """
     means, some = summary
-    missing = None
-    asked = queries.to(means.dtype)
-    if candidates is None:
-        indices = search(asked, summary, k, chunk_mask)
-    else:
-        indices = candidates(asked, summary, k, chunk_mask)
-        missing = indices < 0
-        indices = indices.clamp(min=0)
-    batch = torch.arange(means.shape[0], device=means.device)[:, None, None]
-    allowed = None if some is None else some[batch, indices]
-    if missing is not None:
-        allowed = ~missing if allowed is None else allowed & ~missing
-    if chunk_mask is not None:
-        may = chunk_mask.gather(2, indices)
-        allowed = may if allowed is None else allowed & may
-    chosen = means[batch, indices]
-    if allowed is not None:
+    wide = torch.promote_types(queries.dtype, means.dtype)
+    with in_full(means):
+        asked = queries.to(wide)
+        means = means.to(wide)
+        if candidates is None:
+            indices = search(asked, Summary(means, some), k, chunk_mask)
+            allowed = torch.ones_like(indices, dtype=torch.bool)
+        else:
+            indices = candidates(asked, Summary(means, some), k, chunk_mask)
+            twice = (indices[..., None] == indices[..., None, :]).tril(-1).any(-1)
+            allowed = (indices >= 0) & ~twice
+            indices = indices.clamp(min=0)
+        batch = torch.arange(means.shape[0], device=means.device)[:, None, None]
+        if some is not None:
+            allowed = allowed & some[batch, indices]
+        if chunk_mask is not None:
+            allowed = allowed & chunk_mask.gather(2, indices)
         # Not by a product: what must not be chosen may hold NaN.
-        chosen = chosen.masked_fill(~allowed[..., None], 0.0)
-    # Of half precision a softmax would keep 2 digits.
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    relevance = (chosen * queries[:, :, None].to(wide)).sum(-1)
-    if allowed is None:
-        return indices, relevance.softmax(-1).to(queries.dtype)
-    weights = relevance.masked_fill(~allowed, NOTHING).softmax(-1).masked_fill(~allowed, 0.0)
+        chosen = means[batch, indices].masked_fill(~allowed[..., None], 0.0)
+        relevance = (chosen * asked[:, :, None]).sum(-1).masked_fill(~allowed, NOTHING)
+        relevance, order = relevance.sort(stable=True, dim=-1, descending=True)
+        indices, allowed = (x.gather(2, order) for x in (indices, allowed))
+        weights = relevance.softmax(-1).masked_fill(~allowed, 0.0)
     return indices.masked_fill(~allowed, -1), weights.to(queries.dtype)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from htm_pytorch.attention import attend_chosen, choose
 from htm_pytorch.checks import (
     check_env_ids,
     check_mask,
@@ -168,7 +169,7 @@ class MemoryStore:
         candidates = None if self._search is None else partial(self._search.search, env_ids=ids)
         summary = Summary(view.means, view.some)
         asking = module.norm(queries) if isinstance(module, HTMBlock) else queries
-        columns, weights = attention.choose(asking, summary, chunk_attn_mask, candidates)
+        columns, weights = choose(attention, asking, summary, chunk_attn_mask, candidates)
         out = self._attend(attention, asking, _look_up(view.table, columns), weights)
         if isinstance(module, HTMBlock):
             out = queries + out
@@ -275,7 +276,8 @@ class MemoryStore:
         pool, (e, n, k) = self._layout.pool, places.shape
         # A copy, so that the backward pass sees what the forward pass has seen.
         counts = pool.counts[places.clamp(min=0)]
-        out = attention.attend_found(
+        out = attend_chosen(
+            attention,
             asking.reshape(1, e * n, self.dim),
             pool.tokens[: pool.used].flatten(0, 1)[None],
             counts.reshape(1, e * n, k),
