@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from htm_pytorch import SinusoidalPosition, Summary
+from htm_pytorch import SinusoidalPosition, Summary, blocks
 from htm_pytorch.fused import attend_fused
 from htm_pytorch.retrieval import find, summarise
 
@@ -78,9 +78,11 @@ def test_summaries_under_autocast(device: torch.device, randn: Any, m: int) -> N
 
 @HALF
 def test_gradients_of_memories_are_summed_in_full_width(
-    device: torch.device, randn: Any, dtype: torch.dtype
+    device: torch.device, randn: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 3000 queries to one chunk."""
+    """Of 3000 queries to one chunk, two at a time."""
+    monkeypatch.setattr(blocks, "_WORKING_SET", 64)
+    monkeypatch.setattr(blocks, "_ACCELERATOR_WORKING_SET", 64)
     n, c, e = 3000, 4, 8
     q, keys = (in_half(randn(1, *shape), dtype) for shape in ((n, 1, e), (c, 1, e)))
     weights = torch.ones(1, n, 1, device=device, dtype=torch.float64)
