@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from htm_pytorch import HTMAttention, blocks, oracle
-from htm_pytorch.fused import attend_fused
-from htm_pytorch.plain import attend_plain
+from htm_pytorch import HTMAttention, oracle
 from shared_core.testing import assert_same_gradients
 
 
@@ -161,93 +159,6 @@ def test_indices_and_weights_are_the_oracle_s(
                 assert weight == pytest.approx(float(share[chunk]), abs=1e-12)
             rest = weights[row, query][indices[row, query] < 0]
             assert rest.eq(0.0).all()
-
-
-# Of width 2 the probabilities are computed again in the backward pass, of width 8 they are kept.
-WIDTHS = pytest.mark.parametrize("e", [2, 8])
-
-
-def draw_op(device: torch.device, seed: int, g: int, e: int) -> tuple[Any, ...]:
-    """Arguments of `attend_fused`: 2 rows, 3 queries, 4 heads, 7 tokens in chunks of 3."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-
-    indices = torch.randint(-1, 3, (2, 3, 2), generator=generator).to(device)
-    weights = draw(2, 3, 2).masked_fill(indices < 0, 0.0)
-    mask = (torch.rand(2, 7, generator=generator) < 0.7).to(device)
-    # A chunk is chosen only where a token of it takes part.
-    mask[:, ::3] = True
-    values = None if g == 1 else draw(2, 7, g, 5)
-    positions = draw(3, e) if g == 1 else None
-    return draw(2, 3, 4, e), draw(2, 7, g, e), values, weights, indices, mask, positions, 3
-
-
-@pytest.mark.parametrize("g", [1, 2, 4])
-@pytest.mark.parametrize("elements", [1, 40, 2**20])
-@WIDTHS
-def test_fused_equals_plain(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, g: int, elements: int, e: int
-) -> None:
-    """Whatever number of queries is worked on at a time."""
-    monkeypatch.setattr(blocks, "_WORKING_SET", elements)
-    monkeypatch.setattr(blocks, "_ACCELERATOR_WORKING_SET", elements)
-    for seed in range(5):
-        q, keys, values, weights, *rest = draw_op(device, seed, g, e)
-        leaves = [x for x in (q, keys, values, weights) if x is not None]
-
-        def call(
-            attend: Any, *given: Tensor, has: bool = values is not None, rest: Any = rest
-        ) -> Any:
-            q, keys, *more = given
-            return attend(q, keys, more[0] if has else None, more[-1], *rest)
-
-        assert_same_gradients(
-            lambda *x, call=call: call(attend_fused, *x),
-            lambda *x, call=call: call(attend_plain, *x),
-            leaves,
-        )
-
-
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-@pytest.mark.parametrize("g", [1, 4])
-@WIDTHS
-def test_every_derivative(device: torch.device, check: Any, g: int, e: int) -> None:
-    q, keys, values, weights, indices, *rest = draw_op(device, 1, g, e)
-    leaves = [x.requires_grad_() for x in (q, keys, values, weights) if x is not None]
-
-    def call(*given: Tensor) -> Tensor:
-        q, keys, *more = given
-        weights = more[-1].masked_fill(indices < 0, 0.0)
-        out: Tensor = attend_fused(
-            q, keys, more[0] if values is not None else None, weights, indices, *rest
-        )
-        return out
-
-    assert check(call, tuple(leaves))
-
-
-@WIDTHS
-def test_operators_are_registered_as_torch_wants_them(device: torch.device, e: int) -> None:
-    for g in (1, 4):
-        arguments = draw_op(device, 1, g, e)
-        for x in arguments[:4]:
-            if x is not None:
-                x.requires_grad_()
-        torch.library.opcheck(torch.ops.htm_pytorch.attend.default, (*arguments, e == 8))
-
-
-def test_counts_are_masks(device: torch.device) -> None:
-    """(b, n, k) numbers of first tokens of each chosen chunk."""
-    q, keys, values, weights, indices, _, positions, c = draw_op(device, 1, 1, 2)
-    by_chunk = torch.tensor([[3, 1, 1], [2, 3, 1]], device=device)
-    mask = (torch.arange(3, device=device) < by_chunk[..., None]).flatten(1)[:, :7]
-    counts = by_chunk.gather(1, indices.clamp(min=0).flatten(1)).view_as(indices)
-    for attend in (attend_fused, attend_plain):
-        by_counts = attend(q, keys, values, weights, indices, counts, positions, c)
-        by_mask = attend(q, keys, values, weights, indices, mask, positions, c)
-        assert torch.equal(by_counts, by_mask)
 
 
 def test_parameters_have_a_gradient_each(make_attention: Any, randn: Any, impl: str) -> None:

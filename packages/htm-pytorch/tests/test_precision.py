@@ -84,13 +84,13 @@ def test_gradients_of_memories_are_summed_in_full_width(
     monkeypatch.setattr(blocks, "_WORKING_SET", 64)
     monkeypatch.setattr(blocks, "_ACCELERATOR_WORKING_SET", 64)
     n, c, e = 3000, 4, 8
-    q, keys = (in_half(randn(1, *shape), dtype) for shape in ((n, 1, e), (c, 1, e)))
+    q, keys = (in_half(randn(1, *shape), dtype) for shape in ((n, 1, e), (c, e)))
     weights = torch.ones(1, n, 1, device=device, dtype=torch.float64)
     indices = torch.zeros(1, n, 1, device=device, dtype=torch.int64)
     gradients = []
     for kind in (torch.float64, dtype):
         leaf = keys.to(kind).requires_grad_()
-        given = (q.to(kind), leaf, None, weights.to(kind), indices, None, None, c)
+        given = (q.to(kind), leaf, weights.to(kind), indices, None, None, c)
         gradients.append(torch.autograd.grad(attend_fused(*given).sum() / 100, leaf)[0].double())
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert error < 2 * torch.finfo(dtype).eps

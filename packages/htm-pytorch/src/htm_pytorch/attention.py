@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from htm_pytorch.chunkwise import attend_chunkwise
 from htm_pytorch.fused import attend_fused
 from htm_pytorch.retrieval import Summary, count_chunks, find
 
@@ -70,15 +71,17 @@ def attend_chosen(
 def _projects(module: HTMAttention, queries_of_a_chunk: float) -> bool:
     """Whether projecting the memories costs less than working on them as they are.
 
-    A pair of a query and a chunk costs h products of width d, or of width e once the chunk has been
-    projected. Counted so; on a CPU the two take as long at about that number of queries.
+    A pair of a query and a token costs 4 h d operations, or 4 h e once the token has been
+    projected, which costs 4 d h e. The operations of the first kind, which wait for what is
+    gathered, take about twice as long each (measured on a CPU, widths 128 to 1024).
     """
     if module.impl != "auto":
         return module.impl == "projected"
+    d, e = module.dim, module.dim_head
     # A graph with dynamic lengths would be bound to one of the two ways.
-    if module.dim <= module.dim_head or torch.compiler.is_compiling():
+    if d <= e or torch.compiler.is_compiling():
         return False
-    return queries_of_a_chunk > module.dim * module.dim_head / (module.dim - module.dim_head)
+    return 2 * queries_of_a_chunk > d * e / (d - e)
 
 
 def _absorbed(
@@ -95,7 +98,7 @@ def _absorbed(
     c, positions = module.mem_chunk_size, None
     if module.pos_emb is not None:
         positions = module.pos_emb(asking.new_empty(c, module.dim))
-    found = attend_fused(asking, memories[:, :, None], None, weights, indices, mask, positions, c)
+    found = attend_fused(asking, memories, weights, indices, mask, positions, c)
     return torch.einsum("bnhd,hed->bnhe", found, values.to(found.dtype))
 
 
@@ -125,7 +128,8 @@ def _projected(
         tokens = tokens + positions[places % c]
     keys, values = module.attn.to_kv(tokens).unflatten(-1, (2, module.heads, -1)).unbind(2)
     asking = _queries(module, queries).to(keys.dtype)
-    return attend_fused(asking, keys, values, weights, indices, mask, None, c)
+    found: Tensor = attend_chunkwise(asking, keys, values, weights, indices, mask, c)
+    return found
 
 
 def _queries(module: HTMAttention, queries: Tensor) -> Tensor:

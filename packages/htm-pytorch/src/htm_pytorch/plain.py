@@ -1,9 +1,13 @@
-"""Attention inside chosen chunks by differentiable operations: as `fused`, all queries at once.
+"""Attention inside chosen chunks by differentiable operations: as `fused` and `chunkwise` have it.
 
-Shapes: as in `fused`.
+Shapes: b batch, n queries, h query heads, g heads of keys and values (1 or h), m tokens, e width of
+a key, f width of a value, k chunks a query, c tokens a chunk.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +25,14 @@ def attend_plain(
     positions: Tensor | None,
     c: int,
 ) -> Tensor:
-    """See `fused.attend_fused`."""
+    """Sums (b, n, h, f) of values, by softmax inside a chunk and by a weight of the chunk.
+
+    Args:
+        q: (b, n, h, e), scaled.
+        keys: (b, m, g, e).
+        values: (b, m, g, f); the keys where None.
+        weights, indices, mask, positions, c: as `fused.attend_fused`.
+    """
     b, m, g, _ = keys.shape
     batch = torch.arange(b, device=q.device)[:, None, None]
     tokens, valid = takes_part(indices, m, mask, batch, c)
@@ -41,3 +52,33 @@ def attend_plain(
     share = scores.softmax(-1).to(q.dtype) * weights[:, :, None, None, :, None]
     seen = found if values is None else gather(values)
     return torch.einsum("bnghkc,bnkcge->bnghe", share, seen).flatten(2, 3)
+
+
+def differentiate_twice(
+    grad: Tensor,
+    inputs: Sequence[Tensor | None],
+    rest: tuple[Any, ...],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of the gradients that a backward pass has given.
+
+    Args:
+        grad: (b, n, h, f) that it was given.
+        inputs: q, keys, values and weights of `attend_plain`; `rest` its other arguments.
+        cotangents: of the gradients of `inputs`; None where there is none.
+
+    Returns:
+        Gradients of `grad` and `inputs`, None for an input that is None.
+    """
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (grad, *inputs)]
+        out = attend_plain(*leaves[1:], *rest)  # type: ignore[arg-type]
+        pairs = zip(leaves[1:], cotangents, strict=True)
+        wanted = [(x, y) for x, y in pairs if x is not None and y is not None]
+        if not wanted:
+            return [None] * len(leaves)
+        first = torch.autograd.grad(out, [x for x, _ in wanted], leaves[0], create_graph=True)
+        sources = [x for x in leaves if x is not None]
+        targets = [y for _, y in wanted]
+        second = iter(torch.autograd.grad(first, sources, targets, allow_unused=True))
+    return [None if x is None else next(second) for x in leaves]
