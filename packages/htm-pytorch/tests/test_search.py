@@ -137,19 +137,57 @@ def test_gradients_pass(
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0.0)
 
 
-def test_an_approximate_index_finds_most() -> None:
-    pytest.importorskip("faiss")
+def recall(search: FaissSearch, width: int, j: int) -> float:
+    """Of the 8 best of j random means of equal norm, the part that is found."""
     generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(1, 50, 16, generator=generator)
-    summary = Summary(torch.randn(1, 5000, 16, generator=generator), None)
-    ids = torch.arange(1)
-    for description in ("HNSW32", "IVF16,Flat"):
-        search = FaissSearch(description)
-        found = search.search(queries, summary, 8, None, ids)
-        exact = find(queries, summary, 8)[0]
-        hits = (found[..., None] == exact[..., None, :]).any(-1).float().mean()
-        assert found.unique(dim=-1).shape == found.shape
-        assert hits > (0.9 if description == "HNSW32" else 0.2)
+    queries = torch.randn(1, 50, width, generator=generator)
+    means = torch.nn.functional.normalize(torch.randn(1, j, width, generator=generator), dim=-1)
+    found = search.search(queries, Summary(means, None), 8, None, torch.arange(1))
+    assert found.unique(dim=-1).shape == found.shape
+    exact = find(queries, Summary(means, None), 8)[0]
+    return float((found[..., None] == exact[..., None, :]).any(-1).float().mean())
+
+
+def test_the_default_finds_most() -> None:
+    """Also where it is hard: no structure, and much more width than chunks can fill."""
+    pytest.importorskip("faiss")
+    assert recall(FaissSearch(), 128, 16_000) > 0.9
+
+
+def test_parameters_are_used() -> None:
+    """More thorough finds more; each kind of index has its own."""
+    pytest.importorskip("faiss")
+    for index, name in (("HNSW32", "efSearch"), ("IVF64,Flat", "nprobe")):
+        few, many = (FaissSearch(index, parameters=f"{name}={n}") for n in (4, 60))
+        assert recall(few, 32, 5000) + 0.1 < recall(many, 32, 5000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"few": 0}, ValueError, "few must be at least 1, got 0"),
+        ({"few": 0.5}, TypeError, "few must be an integer, got 0.5"),
+        ({"index": 3}, TypeError, "index and parameters must be str, got 3 and None"),
+        ({"parameters": 3}, TypeError, "index and parameters must be str, got .* and 3"),
+    ],
+)
+def test_wrong_arguments(
+    index: str, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        FaissSearch(**({"index": index} | arguments))
+
+
+def test_what_faiss_does_not_know() -> None:
+    """Known before there are any chunks, but where it is up to their width."""
+    pytest.importorskip("faiss")
+    for index, parameters in (("HNSV", None), ("HNSW32", "nprobe=3"), ("Flat", "much")):
+        message = f"faiss can make no index '{index}' of width 64 with parameters"
+        with pytest.raises(ValueError, match=message):
+            FaissSearch(index, parameters=parameters)
+    search = FaissSearch("PQ11", few=1)
+    with pytest.raises(ValueError, match="faiss can make no index 'PQ11' of width 8"):
+        recall(search, 8, 400)
 
 
 def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,20 +190,6 @@ def test_gradients_wait_for_later_tokens(
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0.0)
 
 
-def test_no_gradients_of_what_was_overwritten(
-    device: torch.device, make_attention: Make, randn: Randn
-) -> None:
-    store = new_store(device, capacity=CHUNK)
-    for _ in range(2):
-        store.append(randn(3, CHUNK, DIM))
-    out = store.attend(make_attention(), randn(3, 2, DIM))
-    store.append(randn(3, 1, DIM))
-    store.append(randn(3, CHUNK, DIM))
-    assert isinstance(out, Tensor)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
 def test_inference_mode(device: torch.device, make_attention: Make, randn: Randn) -> None:
     """A store made and filled there may be trained on, and the other way round."""
     memories = Memories()
@@ -276,25 +263,70 @@ def test_growth_is_rare(
     assert sizes == ([1, 2, 4, 8, 16, 32, 64, 128, 256] if capacity is None else [1, 2, 4, 8, 9])
 
 
-def test_a_failed_append_changes_nothing(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, make_attention: Make, randn: Randn
+def test_beyond_the_capacity_room_grows_by_a_quarter(device: torch.device, randn: Randn) -> None:
+    """By what one append brings, which is written before anything is forgotten."""
+    store = new_store(device, environments=2, capacity=40 * CHUNK)
+    store.append(randn(2, 40 * CHUNK, DIM))
+    pool = store._layout.pool
+    assert len(pool.tokens) == 80
+    store.append(randn(2, 1, DIM))
+    assert len(pool.tokens) == 82
+    store.append(randn(2, 5 * CHUNK - 1, DIM))
+    assert len(pool.tokens) == 102
+    for seed in range(5):
+        store.append(randn(2, 10 * CHUNK, DIM, seed=seed))
+    assert len(pool.tokens) == 102
+
+
+def test_columns_grow_by_half(device: torch.device, randn: Randn) -> None:
+    """Up to what an environment may hold."""
+    store, widths = new_store(device, environments=2, capacity=10 * CHUNK), []
+    for _ in range(12):
+        store.append(randn(1, CHUNK, DIM), [1])
+        widths.append(store._layout.means.shape[1])
+        assert store._layout.table.shape == (2, widths[-1])
+    assert widths == [1, 2, 3, 4, 6, 6, 9, 9, 9, 10, 10, 10]
+
+
+@pytest.mark.parametrize("env_ids", [[0, 1, 2], [1, 2], [1], [2, 1], [0, 2]])
+def test_neighbours_are_looked_at_in_place(
+    device: torch.device, randn: Randn, env_ids: list[int]
 ) -> None:
+    """Means of environments that follow each other are not copied."""
     store, memories = new_store(device), Memories()
     fill(store, memories, randn)
+    view = store._layout.view(torch.tensor(env_ids))
+    expected = store._layout.means[env_ids][:, : view.means.shape[1]]
+    torch.testing.assert_close(view.means, expected, atol=0.0, rtol=0.0, equal_nan=True)
+    same = view.means.untyped_storage().data_ptr() == store._layout.means.data_ptr()
+    assert same == (env_ids == sorted(env_ids) and env_ids != [0, 2])
+
+
+@pytest.mark.parametrize("wrap", ["none", "whole", "inside"])
+def test_compiled_modules(
+    device: torch.device, make_block: Make, make_attention: Make, randn: Randn, wrap: str
+) -> None:
+    """What is inside of them attends."""
+    store = new_store(device)
+    fill(store, Memories(), randn)
     queries = randn(3, 2, DIM)
-    before = store.attend(make_attention(), queries)
-    with monkeypatch.context() as patch:
+    for make in (make_block, make_attention):
+        expected, module = store.attend(make(), queries), make()
+        if wrap == "inside" and make is make_block:
+            module.attn = torch.compile(module.attn, backend="eager")
+        elif wrap == "whole":
+            module = torch.compile(module, backend="eager")
+        torch.testing.assert_close(store.attend(module, queries), expected, atol=0.0, rtol=0.0)
 
-        def full(*_: object) -> None:
-            raise MemoryError
 
-        patch.setattr(storage.Pool, "_grow", full)
-        with pytest.raises(MemoryError):
-            store.append(randn(3, 100, DIM))
-    assert memories.same(store)
-    assert torch.equal(store.attend(make_attention(), queries), before)  # type: ignore[arg-type]
-    fill(store, memories, randn)
-    assert memories.same(store)
+@pytest.mark.parametrize("make", [torch.nn.Sequential, lambda x: [x], lambda x: x.attn.attn])
+def test_other_modules(
+    device: torch.device, make_block: Make, randn: Randn, make: Callable[[Any], Any]
+) -> None:
+    module = make(make_block())
+    message = f"module must be an HTMAttention or HTMBlock, got {type(module).__name__}; of one"
+    with pytest.raises(TypeError, match=message):
+        new_store(device).attend(module, randn(3, 2, DIM))
 
 
 def test_moves(device: torch.device, make_attention: Make, randn: Randn) -> None:

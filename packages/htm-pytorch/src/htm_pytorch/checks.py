@@ -23,8 +23,15 @@ def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raises TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_sequence(name: str, x: Tensor, dim: int) -> None:
     """Raises unless x is (b, n, dim), floating point."""
+    check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.ndim != 3 or x.shape[-1] != dim:
@@ -42,6 +49,7 @@ def check_same_batch(queries: Tensor, memories: Tensor) -> None:
 
 def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
     """Raises unless `mask` is boolean and has exactly this shape: nothing is broadcast."""
+    check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, got {mask.dtype}")
     if tuple(mask.shape) != tuple(shape):
@@ -52,6 +60,18 @@ def check_rows(name: str, x: Tensor, rows: int) -> None:
     """Raises ValueError unless `x` has a row for each environment in question."""
     if len(x) != rows:
         raise ValueError(f"{name} must be of {rows} environments, got {len(x)}")
+
+
+def check_overflow(given: Tensor, stored: Tensor) -> None:
+    """Raises ValueError where a finite number has become infinite in float16."""
+    if stored.dtype != torch.float16 or given.dtype == torch.float16:
+        return
+    lost = given.to(stored.device).isfinite() & ~stored.isfinite()
+    if bool(lost.any()):
+        raise ValueError(
+            f"tokens must be within {torch.finfo(stored.dtype).max:.0f} of zero to be stored in "
+            f"{stored.dtype}, got {int(lost.sum())} that are not"
+        )
 
 
 def check_env_ids(env_ids: Sequence[int] | Tensor, environments: int) -> Tensor:

@@ -5,12 +5,16 @@ Shapes: e environments, d width, c tokens a chunk, j columns, x chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.storage import MappedPool, Pool
+from htm_pytorch.mapped import MappedPool
+from htm_pytorch.storage import Pool, Released, Room
+
+Tell = Callable[[Tensor, Tensor], None]
 
 
 class Chunks(NamedTuple):
@@ -45,12 +49,27 @@ class View(NamedTuple):
         means: (e, j, d) of chunks.
         some: (e, j) boolean, whether there is a chunk; None where there is in all.
         ages: (e, j) how many older chunks its environment holds; None where that is the column.
+        last: (2, e) column of the newest chunk, and how many tokens it has.
     """
 
     table: Tensor
     means: Tensor
     some: Tensor | None
     ages: Tensor | None
+    last: Tensor
+
+
+class Change(NamedTuple):
+    """Rows (x,) of a tensor that are to be replaced.
+
+    Attributes:
+        of: the tensor. before, after: the rows.
+    """
+
+    of: Tensor
+    rows: Tensor
+    before: Tensor
+    after: Tensor
 
 
 class Layout:
@@ -61,6 +80,7 @@ class Layout:
         kept: chunks that an environment holds at most. They are in a ring: the chunk that replaces
             the oldest is in its column.
         pool: where chunks lie. What it resumes is taken up.
+        tell: called with environments (x,) and columns (x,) of chunks that are about to change.
 
     Attributes:
         seen: (environments,) tokens since the last reset, on the CPU.
@@ -68,12 +88,13 @@ class Layout:
         means: (environments, j, d) of chunks; anything where there is none.
     """
 
-    def __init__(self, environments: int, kept: int | None, pool: Pool) -> None:
+    def __init__(self, environments: int, kept: int | None, pool: Pool, tell: Tell | None) -> None:
         self.pool: Pool = pool
+        self._tell: Tell | None = tell
         self.c: int = pool.tokens.shape[1]
         self.kept: int | None = kept
         self.seen: Tensor = torch.zeros(environments, dtype=torch.int64)
-        self.table: Tensor = pool.counts.new_empty(environments, 0)
+        self.table: Tensor = pool.tokens.new_empty(environments, 0, dtype=torch.int64)
         wide = torch.promote_types(pool.tokens.dtype, torch.float32)
         self.means: Tensor = pool.tokens.new_empty(
             environments, 0, pool.tokens.shape[2], dtype=wide
@@ -82,8 +103,8 @@ class Layout:
             self._resume(pool)
 
     def _resume(self, pool: MappedPool) -> None:
-        self.seen = pool.manifest["seen"].clone()
-        table = pool.manifest["table"]
+        self.seen = pool.manifest.seen.clone()
+        table = pool.manifest.table
         self._widen(table.shape[1])
         self.table[:, : table.shape[1]] = table
         chunks = self.held(torch.arange(len(self.seen)))
@@ -94,7 +115,6 @@ class Layout:
         for i in (has < self.c).nonzero()[:, 0].tolist():
             means[i] = pool.tokens[places[i], : has[i]].to(means.dtype).mean(0)
         self.means[chunks.rows, columns] = means
-        pool.write_means(places, means, has)
 
     def count(self, tokens: Tensor) -> Tensor:
         """Chunks of so many tokens."""
@@ -116,15 +136,20 @@ class Layout:
         held = self.count(self.seen[ids]) - oldest
         j = int(held.max()) if len(ids) else 0
         table, means, device = self.table[:, :j], self.means[:, :j], self.table.device
-        if not torch.equal(ids, torch.arange(len(self.seen))):
-            table, means = table[ids.to(device)], means[ids.to(device)]
+        first = int(ids[0]) if len(ids) else 0
+        if torch.equal(ids, torch.arange(first, first + len(ids))):
+            table, means = (x[first : first + len(ids)] for x in (table, means))
+        else:
+            table, means = (x.index_select(0, ids.to(device)) for x in (table, means))
         columns = torch.arange(j)
         some = None if bool(held.eq(j).all()) else (columns < held[:, None]).to(device)
         # Where an environment has forgotten chunks, j is all that it may hold, and its oldest chunk
         # is in any column.
         turned = bool(oldest.any())
         ages = ((columns - oldest[:, None]) % j).to(device) if turned else None
-        return View(table, means, some, ages)
+        newest = self.count(self.seen[ids]) - 1
+        last = torch.stack((self.column(newest), self.seen[ids] - newest * self.c))
+        return View(table, means, some, ages, last.to(device))
 
     def column(self, numbers: Tensor) -> Tensor:
         """Where the chunks of these numbers are in the table."""
@@ -138,20 +163,16 @@ class Layout:
         length = int(seen - self.oldest(seen) * self.c)
         return self.pool.tokens[places].flatten(0, 1)[:length].clone()
 
-    def append(self, tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds tokens (e, t, d), t at least 1, to environments (e,).
-
-        Returns:
-            Environments (x,) and columns (x,) of the chunks that have changed.
-        """
+    def append(self, tokens: Tensor, ids: Tensor) -> None:
+        """Adds tokens (e, t, d), t at least 1, to environments (e,); on an error nothing."""
         c, before = self.c, self.seen[ids]
         after = before + tokens.shape[1]
+        seen = Change(self.seen, ids, before, after)
         if tokens.shape[1] == 1:
             # The usual way, step by step: a token for each chunk that changes.
             had = before % c
-            changed = self._write(ids, before // c, had, had + 1, tokens[:, 0], had, None)
-            self.seen[ids] = after
-            return changed
+            self._write(ids, before // c, had, had + 1, tokens[:, 0], had, None, seen)
+            return
         # Of many tokens at once only those are written that will be held.
         oldest = self.oldest(after)
         chunks = Chunks.between(torch.maximum(before // c, oldest), self.count(after))
@@ -164,9 +185,7 @@ class Layout:
             owners, within, tokens = owners[kept], within[kept], tokens[kept.to(tokens.device)]
         begins, rows = chunks.numbers * c, chunks.rows
         had, has = (before[rows] - begins).clamp(min=0), (after[rows] - begins).clamp(max=c)
-        changed = self._write(ids[rows], chunks.numbers, had, has, tokens, within, owners)
-        self.seen[ids] = after
-        return changed
+        self._write(ids[rows], chunks.numbers, had, has, tokens, within, owners, seen)
 
     def _write(
         self,
@@ -177,53 +196,87 @@ class Layout:
         tokens: Tensor,
         within: Tensor,
         owners: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Writes to chunks (x,) of environments (x,); returns as `append`.
+        seen: Change,
+    ) -> None:
+        """Writes to chunks (x,) of environments (x,).
 
         Args:
             numbers: (x,) of the chunks, which hold `had` (x,) tokens, and are to hold `has` (x,).
             tokens: (y, d), for the places `within` (y,) a chunk.
             owners: (y,) which of the x chunks a token is for; where None, each is for its own.
+            seen: by what the tokens come to be there.
         """
-        device = self.table.device
-        changed = ids, self.column(numbers)
-        self._widen(int(changed[1].max()) + 1)
-        at = ids.to(device), changed[1].to(device)
-        sums = tokens.to(self.means.dtype)
-        if owners is not None:
-            owners = owners.to(device)
-            sums = self.means.new_zeros(len(ids), tokens.shape[1]).index_add_(0, owners, sums)
+        columns, device = self.column(numbers), self.table.device
+        self._widen(int(columns.max()) + 1)
+        rows = (ids * self.table.shape[1] + columns).to(device)
+        table, means = self.table.view(-1), self.means.flatten(0, 1)
+        places, averages = table.index_select(0, rows), means.index_select(0, rows)
+        changes, released, room = [seen], None, self.pool.collect()
         begun = had == 0
-        new = self.pool.take(int(begun.sum()))
+        new = int(begun.sum())
+        try:
+            sums, rest = tokens.to(means.dtype), averages
+            if owners is not None:
+                owners = owners.to(device)
+                sums = means.new_zeros(len(ids), tokens.shape[1]).index_add_(0, owners, sums)
+            if new:
+                begun, before = begun.to(device), places
+                places = before.masked_scatter(begun, self.pool.take(new).to(device))
+                changes.append(Change(table, rows, before, places))
+                released = self._released(before[begun & (before >= 0)])
+                rest = rest.masked_fill(begun[:, None], 0.0)
+            # The sum of a chunk that has tokens already is what its mean tells.
+            had, has = (x[:, None].to(device) for x in (had, has))
+            changes.append(Change(means, rows, averages, (sums + rest * had) / has))
+            # Where nothing is yet that anybody could see.
+            to = places if owners is None else places[owners]
+            self.pool.write(to, within.to(device), tokens)
+            self.pool.write_means(places, changes[-1].after)
+            self._commit(changes, released, ids, columns)
+        except BaseException:
+            self._undo(changes, released, room)
+            raise
 
-        # From here on nothing fails.
-        places = self.table[at]
-        if len(new):
-            begun, old = begun.to(device), places
-            places = places.masked_scatter(begun, new.to(device))
-            self.table[at] = places
-            self.pool.release(old[begun & (old >= 0)])
-        self.pool.write(places if owners is None else places[owners], within.to(device), tokens)
-        has = has.to(device)
-        # The sum of a chunk that has tokens already is what its mean tells.
-        rest = (self.means[at] * had[:, None].to(device)).masked_fill(
-            begun.to(device)[:, None], 0.0
-        )
-        means = (sums + rest) / has[:, None]
-        self.means[at] = means
-        self.pool.write_means(places, means, has)
-        return changed
+    def _released(self, places: Tensor) -> Released | None:
+        """Places (x,) that are to be given back, if any."""
+        return Released(self.pool.leases.taken, places.cpu()) if len(places) else None
 
-    def forget(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Forgets what environments (e,) hold; returns as `append`."""
+    def _commit(
+        self, changes: list[Change], released: Released | None, ids: Tensor, columns: Tensor
+    ) -> None:
+        """Makes changes of chunks (x,) visible, by what allocates nothing."""
+        if self._tell is not None:
+            self._tell(ids, columns)
+        for change in changes:
+            change.of.index_copy_(0, change.rows, change.after)
+        if released is not None:
+            self.pool.release(released)
+
+    def _undo(self, changes: list[Change], released: Released | None, room: Room) -> None:
+        """All of `_commit`, however far it came, and what was taken of `room`."""
+        if released is not None:
+            self.pool.retract(released)
+        for change in changes:
+            change.of.index_copy_(0, change.rows, change.before)
+        self.pool.room = room
+
+    def forget(self, ids: Tensor) -> None:
+        """Forgets what environments (e,) hold; on an error nothing."""
         chunks = self.held(ids)
-        changed = ids[chunks.rows], self.column(chunks.numbers)
-        at = changed[0].to(self.table.device), changed[1].to(self.table.device)
-        places = self.table[at]
-        self.table[at] = -1
-        self.seen[ids] = 0
-        self.pool.release(places)
-        return changed
+        envs, columns = ids[chunks.rows], self.column(chunks.numbers)
+        rows = (envs * self.table.shape[1] + columns).to(self.table.device)
+        table, before = self.table.view(-1), self.seen[ids]
+        places = table.index_select(0, rows)
+        changes = [
+            Change(self.seen, ids, before, torch.zeros_like(before)),
+            Change(table, rows, places, torch.full_like(places, -1)),
+        ]
+        released, room = self._released(places), self.pool.room
+        try:
+            self._commit(changes, released, envs, columns)
+        except BaseException:
+            self._undo(changes, released, room)
+            raise
 
     def flush(self) -> None:
         """See `MappedPool.flush`; nothing in memory."""
@@ -232,9 +285,10 @@ class Layout:
             self.pool.flush(self.seen, self.table[:, :width])
 
     def to(self, device: torch.device) -> None:
-        self.pool.to(device)
-        self.table = self.table.to(device)
-        self.means = self.means.to(device)
+        """Moves all, or nothing."""
+        parts = self.pool.tokens, self.table, self.means
+        tokens, table, means = (x.to(device) for x in parts)
+        self.pool.tokens, self.table, self.means = tokens, table, means
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -243,13 +297,13 @@ class Layout:
         self.means = self.means[:, :0].clone()
 
     def _widen(self, j: int) -> None:
-        """Makes room for j columns, and for many more if there is none."""
+        """Makes room for j columns, and for half as many more if there is none."""
         room = self.table.shape[1]
         if j <= room:
             return
-        j = max(j, 2 * room if self.kept is None else min(2 * room, self.kept))
+        more = room + room // 2
+        j = max(j, more if self.kept is None else min(more, self.kept))
         table = self.table.new_full((len(self.table), j), -1)
         means = self.means.new_empty(len(table), j, self.means.shape[2])
         table[:, :room], means[:, :room] = self.table, self.means
-        self.table = table
-        self.means = means
+        self.table, self.means = table, means

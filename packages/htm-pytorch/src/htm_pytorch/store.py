@@ -1,7 +1,7 @@
 """A memory that grows while it is attended to.
 
-Shapes: e environments, t tokens appended, n queries, d width, c tokens a chunk, j chunks of the
-environment with most of them, x chunks that are written to.
+Shapes: e environments, t tokens appended, n queries, d width, k chunks a query, j chunks of the
+environment with most of them.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.attention import attend_chosen, choose
+from htm_pytorch.attending import attend_view, look_up, parts
+from htm_pytorch.attention import choose
 from htm_pytorch.checks import (
     check_env_ids,
     check_mask,
-    check_positive,
+    check_overflow,
     check_rows,
     check_sequence,
 )
 from htm_pytorch.files import load_file, save_file
 from htm_pytorch.layout import Layout
+from htm_pytorch.mapped import check_on_cpu, make_pool, read_manifest
 from htm_pytorch.model import HTMAttention, HTMBlock, asked_for
 from htm_pytorch.retrieval import Summary
 from htm_pytorch.search import Search
-from htm_pytorch.storage import MappedPool, Pool, read_manifest
+from htm_pytorch.settings import Settings
 
 _KIND = "htm_pytorch memory store"
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class MemoryStore:
@@ -39,7 +39,17 @@ class MemoryStore:
 
     A store holds the tokens as they came and the means of its chunks, nothing that depends on
     weights: attending to it is the same as calling the module on all tokens, padded at the end,
-    before and after any training step. Tokens are stored without their gradients.
+    before and after any training step. Tokens are stored without their gradients, also where the
+    module has `detach_memories=False`.
+
+    Memory: the tokens, unless they are in files, and always the means, of as many chunks for each
+    environment as the longest one has, in float32 or wider. So where memories are of very different
+    lengths, a store for each takes less. `capacity` bounds what is held. There is room for more
+    where an append brings many chunks, since all are written before any is forgotten, and where
+    graphs wait for their backward pass, since chunks that were forgotten after they had attended
+    to the store are kept for them. Such room is used again, and given back with the store.
+
+    An append or reset that fails, or is interrupted, has changed nothing.
 
     Args:
         dim: width of tokens.
@@ -50,12 +60,14 @@ class MemoryStore:
         dtype: of what is stored. Tokens in bfloat16 take half as much and are rounded.
         device: where the tokens lie, and where modules and queries must be.
         path: a folder, in whose files the tokens lie instead of in memory. It is made unless there;
-            a store of the same settings in it is resumed as of its last `flush`.
+            a store of the same settings in it is resumed as of its last `flush`. It is for the
+            process that made it, and not for one forked from that.
         search: how to find chunks; exactly where None. An object serves one store.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or the folder is
             not one of a store, or of a store with other settings, or open.
+        OSError: the folder cannot be made or read, or the system has no locks, such as Windows.
     """
 
     def __init__(
@@ -70,35 +82,35 @@ class MemoryStore:
         path: str | os.PathLike[str] | None = None,
         search: Search | None = None,
     ) -> None:
-        check_positive(dim=dim, environments=environments, chunk_size=chunk_size)
-        if capacity is not None:
-            check_positive(capacity=capacity)
-            if capacity % chunk_size:
-                raise ValueError(f"capacity must be a multiple of {chunk_size}, got {capacity}")
-        if dtype not in [getattr(torch, name) for name in _DTYPES]:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        self.dim: int = dim
-        self.environments: int = environments
-        self.chunk_size: int = chunk_size
-        self.capacity: int | None = capacity
-        self.dtype: torch.dtype = dtype
-        self.device: torch.device = torch.device(device)
+        settings = Settings(dim, environments, chunk_size, capacity, dtype)
+        settings.check()
+        self._set(settings, torch.device(device), path, search, read_only=False)
+
+    def _set(
+        self,
+        settings: Settings,
+        device: torch.device,
+        path: str | os.PathLike[str] | None,
+        search: Search | None,
+        *,
+        read_only: bool,
+    ) -> None:
+        self.dim: int = settings.dim
+        self.environments: int = settings.environments
+        self.chunk_size: int = settings.chunk_size
+        self.capacity: int | None = settings.capacity
+        self.dtype: torch.dtype = settings.dtype
+        self.device: torch.device = device
         # Files are opened again as they grow: the working directory may be another one then.
         self.path: Path | None = None if path is None else Path(path).absolute()
+        self.read_only: bool = read_only
+        self._settings: Settings = settings
         self._search: Search | None = search
         self._closed: bool = False
         with torch.inference_mode(False):
-            self._layout: Layout = self._make_layout()
-
-    def _make_layout(self) -> Layout:
-        kept = None if self.capacity is None else self.capacity // self.chunk_size
-        if self.path is not None:
-            self._check_folder_device(self.device)
-            return Layout(self.environments, kept, MappedPool(self.path, self._settings()))
-        # One more, which is taken before the oldest is given back.
-        limit = None if kept is None else self.environments * (kept + 1)
-        pool = Pool(self.chunk_size, self.dim, self.dtype, self.device, limit)
-        return Layout(self.environments, kept, pool)
+            tell = None if search is None else search.changed
+            pool = make_pool(settings, device, self.path, read_only=read_only)
+            self._layout: Layout = Layout(settings.environments, settings.kept, pool, tell)
 
     @property
     def lengths(self) -> Tensor:
@@ -114,14 +126,18 @@ class MemoryStore:
             env_ids: e different environments; all of them where None.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type or shape, or the store is closed.
+            TypeError, ValueError: an argument has the wrong type or shape, a finite number is too
+                large for float16, or the store is closed or read-only.
         """
         ids = self._ids(env_ids)
+        self._check_writable()
         check_sequence("tokens", tokens, self.dim)
         check_rows("tokens", tokens, len(ids))
         if tokens.numel():
             with torch.inference_mode(False), torch.no_grad():
-                self._tell(*self._layout.append(tokens.to(self.device, self.dtype), ids))
+                stored = tokens.to(self.device, self.dtype)
+                check_overflow(tokens, stored)
+                self._layout.append(stored, ids)
 
     def attend(
         self,
@@ -136,9 +152,10 @@ class MemoryStore:
         """What `module(queries, tokens, mask, chunk_attn_mask)` gives for the tokens that are held.
 
         Chunks count from the oldest that is held; j is that of the longest memory in question.
-        Gradients of the module and the queries may be taken later, after more has been appended,
-        too, but not after a chunk was forgotten and its place taken. The module's `forward` is not
-        called, and neither are hooks on it.
+        Gradients of the module and the queries may be taken later, whatever was appended or
+        forgotten since, but not after a store with a path was closed. The module's `forward` is not
+        called, and neither are hooks on it; one that `torch.compile` has wrapped runs eagerly.
+        Under `torch.utils.checkpoint` the second forward pass would see what is held then.
 
         Args:
             queries: (e, n, d).
@@ -152,8 +169,7 @@ class MemoryStore:
                 memories, or the store is closed.
         """
         ids = self._ids(env_ids)
-        attention = module.attn if isinstance(module, HTMBlock) else module
-        self._check_module(attention)
+        block, attention = parts(module, self._settings)
         check_sequence("queries", queries, self.dim)
         check_rows("queries", queries, len(ids))
         device = self._layout.means.device
@@ -168,12 +184,12 @@ class MemoryStore:
                 chunk_attn_mask = chunk_attn_mask.gather(2, ages)
         candidates = None if self._search is None else partial(self._search.search, env_ids=ids)
         summary = Summary(view.means, view.some)
-        asking = module.norm(queries) if isinstance(module, HTMBlock) else queries
+        asking = queries if block is None else block.norm(queries)
         columns, weights = choose(attention, asking, summary, chunk_attn_mask, candidates)
-        out = self._attend(attention, asking, _look_up(view.table, columns), weights)
-        if isinstance(module, HTMBlock):
+        out = attend_view(attention, asking, self._layout.pool, view, columns, weights)
+        if block is not None:
             out = queries + out
-        indices = columns if view.ages is None else _look_up(view.ages, columns)
+        indices = columns if view.ages is None else look_up(view.ages, columns)
         return asked_for(out, indices, weights, return_indices, return_weights)
 
     def tokens(self, env_id: int) -> Tensor:
@@ -184,19 +200,25 @@ class MemoryStore:
     def reset(self, env_ids: Sequence[int] | Tensor | None = None) -> None:
         """Forgets all tokens of some environments; of all where None."""
         ids = self._ids(env_ids)
+        self._check_writable()
         with torch.inference_mode(False), torch.no_grad():
-            self._tell(*self._layout.forget(ids))
+            self._layout.forget(ids)
 
     def flush(self) -> None:
         """Returns when everything up to now is safe in the folder of `path`; else does nothing."""
         self._check_open()
+        self._check_writable()
         self._layout.flush()
 
     def close(self) -> None:
-        """Flushes, and lets go of everything. A closed store raises ValueError when it is used."""
-        if not self._closed:
+        """Flushes, and lets go of everything. A closed store raises ValueError when it is used.
+
+        Does nothing in a process that was forked from the one of a store with a path.
+        """
+        if not self._closed and not self._layout.pool.is_foreign:
             try:
-                self.flush()
+                if not self.read_only:
+                    self.flush()
             finally:
                 self._closed = True
                 self._layout.close()
@@ -213,7 +235,7 @@ class MemoryStore:
         self._check_open()
         device = torch.device(device)
         if self.path is not None:
-            self._check_folder_device(device)
+            check_on_cpu(device)
         with torch.inference_mode(False):
             self._layout.to(device)
         self.device = device
@@ -226,7 +248,7 @@ class MemoryStore:
             OSError: it cannot be written; a file that was there is as before.
         """
         tokens = [self.tokens(env_id).cpu() for env_id in range(self.environments)]
-        content = {"settings": self._settings(), "tokens": tokens}
+        content = {"settings": self._settings.written(), "tokens": tokens}
         save_file(_KIND, content, Path(path))
 
     @classmethod
@@ -240,60 +262,46 @@ class MemoryStore:
         """The store in a file of `save`.
 
         Raises:
-            ValueError: the file is another one.
+            ValueError: the file is another one, or of another version, or damaged.
             OSError: it cannot be read.
         """
         content = load_file(_KIND, Path(path))
-        settings = content["settings"]
-        dtype = getattr(torch, settings.pop("dtype"))
-        store = cls(**settings, dtype=dtype, device=device, search=search)
-        for env_id, tokens in enumerate(content["tokens"]):
+        try:
+            settings = Settings.read(content.get("settings"))
+            memories = settings.check_tokens(content.get("tokens"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is damaged: {error}") from error
+        store = cls(**settings._asdict(), device=device, search=search)
+        for env_id, tokens in enumerate(memories):
             store.append(tokens[None], [env_id])
         return store
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, search: Search | None = None) -> MemoryStore:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        search: Search | None = None,
+        read_only: bool = False,
+    ) -> MemoryStore:
         """The store in a folder, as of its last `flush`.
 
+        Args:
+            path: the folder.
+            search: how to find chunks; exactly where None.
+            read_only: change nothing, and let others read it, too. `append`, `reset` and `flush`
+                raise ValueError then.
+
         Raises:
-            ValueError: it is no folder of a store, or open.
+            ValueError: it is no folder of a store, or open, or of another version, or damaged.
+            OSError: it cannot be read, or the system has no locks, such as Windows.
         """
         manifest = read_manifest(Path(path))
         if manifest is None:
             raise ValueError(f"{os.fspath(path)!r} holds no memory store")
-        settings = dict(manifest["settings"])
-        dtype = getattr(torch, settings.pop("dtype"))
-        return cls(**settings, dtype=dtype, path=path, search=search)
-
-    def _tell(self, env_ids: Tensor, chunks: Tensor) -> None:
-        if self._search is not None:
-            self._search.changed(env_ids, chunks)
-
-    def _attend(
-        self, attention: HTMAttention, asking: Tensor, places: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Attention inside chunks (e, n, k) of the pool, which is one row of one batch."""
-        pool, (e, n, k) = self._layout.pool, places.shape
-        # A copy, so that the backward pass sees what the forward pass has seen.
-        counts = pool.counts[places.clamp(min=0)]
-        out = attend_chosen(
-            attention,
-            asking.reshape(1, e * n, self.dim),
-            pool.tokens[: pool.used].flatten(0, 1)[None],
-            counts.reshape(1, e * n, k),
-            places.reshape(1, e * n, k),
-            weights.reshape(1, e * n, k),
-        )
-        return out.view(e, n, self.dim)
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "dim": self.dim,
-            "environments": self.environments,
-            "chunk_size": self.chunk_size,
-            "capacity": self.capacity,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        store = cls.__new__(cls)
+        store._set(manifest.settings, torch.device("cpu"), path, search, read_only=read_only)
+        return store
 
     def _ids(self, env_ids: Sequence[int] | Tensor | None) -> Tensor:
         """Environments as (e,) int64 on the CPU."""
@@ -305,23 +313,9 @@ class MemoryStore:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the store is closed")
+        if self._layout.pool.is_foreign:
+            raise ValueError("a store with a path is for the process that made it, not for a fork")
 
-    def _check_folder_device(self, device: torch.device) -> None:
-        if device.type != "cpu":
-            raise ValueError(f"a store with a path is on the CPU, got device {device}")
-
-    def _check_module(self, module: HTMAttention) -> None:
-        if module.dim != self.dim:
-            raise ValueError(f"the module must be of dim {self.dim}, got {module.dim}")
-        if module.mem_chunk_size != self.chunk_size:
-            raise ValueError(
-                f"the module must have chunks of {self.chunk_size}, got {module.mem_chunk_size}"
-            )
-        if module.legacy:
-            raise ValueError("a store pads at the end, and a module with legacy=True in front")
-
-
-def _look_up(table: Tensor, columns: Tensor) -> Tensor:
-    """What a table (e, j) has at columns (e, n, k); -1 stays."""
-    found = table.gather(1, columns.clamp(min=0).flatten(1)).view_as(columns)
-    return found.masked_fill(columns < 0, -1)
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ValueError("the store is read-only")
