@@ -163,7 +163,9 @@ def pin(session: nox.Session) -> None:
 def against_reference(session: nox.Session, package: str, script: str) -> None:
     """Run tools/<script> with our wheel; it calls the reference, which has an environment too."""
     own_torch = device(session.posargs) != "cuda"
-    install(session, *wheels(session, package), *group("compare"), own_torch=own_torch)
+    ours = wheels(session, package)
+    ours += DISTRIBUTIONS[package].optional if ours else ()
+    install(session, *ours, *group("compare"), own_torch=own_torch)
     command = [python(session), str(TOOLS / script), package]
     if session.virtualenv.is_sandboxed:
         theirs = Path(session.virtualenv.location, "reference")

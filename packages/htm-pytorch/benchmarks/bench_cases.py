@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bench_needle import ASKED_OF, SEEDS, TRAINED_ON, answered, learned
+from bench_search import build_time, recall, search_of
 from bench_speed import (
     core,
     from_store,
@@ -23,13 +24,15 @@ from bench_case import Case, Subject, Target
 
 SOME, MANY = 20_000, 200_000
 ENVIRONMENTS, EACH = 32, 4096
+DENSE = 1024
+INDEXED = {"chunks": 32_768, "dim": 128}
 VAST = {"m": 10_000_000, "dim": 256}
 
 
 def cases(device: str) -> list[Case]:
     found = [*timed(), *streaming(), *remembered()]
     if device == "cpu":
-        return [*found, *vast(), *claim()]
+        return [*found, *vast(), *searched(), *claim()]
     # The bounds are meant for a CPU; elsewhere the quotients alone are shown.
     return [
         replace(case, targets=[Target(target.subject, target.per) for target in case.targets])
@@ -56,6 +59,8 @@ def timed() -> Iterator[Case]:
     for masked in ("four fifths", "here and there"):
         title = f"forward, {SOME} tokens, masked {masked}"
         yield beside(title, {"m": SOME, "masked": masked})
+    title = f"forward and backward, {DENSE} queries to {DENSE} tokens"
+    yield beside(title, {"m": DENSE, "n": DENSE, "backward": True})
     yield Case(
         f"forward from a store, {MANY} tokens",
         "time",
@@ -129,6 +134,35 @@ def vast() -> Iterator[Case]:
         [Subject("ours", vast_memory, VAST, {"m": 4096, "dim": 256})],
         note=f"filling the store and asking it; the tokens alone take "
         f"{VAST['m'] * VAST['dim'] * 2 / 2**30:.2f} GiB.",
+    )
+
+
+def searched() -> Iterator[Case]:
+    """Random means: those of a real memory lie in groups, and are found more easily."""
+    title = f"the best 8 of {INDEXED['chunks']:,} chunks of width {INDEXED['dim']}"
+    yield Case(
+        f"{title}, 16 queries",
+        "time",
+        [
+            Subject("exact", search_of, {**INDEXED, "kind": "exact"}),
+            Subject("FaissSearch", search_of, {**INDEXED, "kind": "faiss"}),
+        ],
+        [Target("exact", per="FaissSearch")],
+    )
+    yield Case(
+        f"{title}, found",
+        "value",
+        [Subject("FaissSearch", recall, INDEXED)],
+        unit="%",
+        lower_is_better=False,
+        note="by default; `parameters` trades time for it. An index is built once, within the "
+        "first search that needs it.",
+    )
+    yield Case(
+        f"building an index of {INDEXED['chunks']:,} chunks of width {INDEXED['dim']}",
+        "value",
+        [Subject("FaissSearch", build_time, INDEXED)],
+        unit="s",
     )
 
 
