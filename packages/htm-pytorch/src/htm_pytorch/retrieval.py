@@ -60,43 +60,49 @@ def summarise(memories: Tensor, mask: Tensor | None, c: int) -> Summary:
     if m == 0:
         return Summary(memories.to(wide), None)
     seen = torch.ones_like(memories[..., 0], dtype=torch.bool) if mask is None else mask
+    chunk_seen = pad_to(seen, c, 1, value=False).unflatten(1, (-1, c))
+    some = None if mask is None else chunk_seen.any(2)
+    recorded = memories.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling() or type(memories.data) is not Tensor or memories.is_meta:
         # No numbers to look at: one graph for any m, whether its last chunk is cut or not.
-        tokens, seen = (pad_to(x, c, 1).unflatten(1, (-1, c)) for x in (memories.to(wide), seen))
-        return Summary(masked_mean(tokens, seen, 2), None if mask is None else seen.any(2))
-    # Without a copy of the memories: a product with the mask. All rows at once where chunks lie
-    # one behind the other.
-    shape = (b, m, d) if m % c else (1, b * m, d)
-    before = shape[1] // c * c
-    parts = []
-    with in_full(memories):
-        for tokens, share in zip(
-            memories.reshape(shape), seen.to(wide).view(shape[:2]), strict=True
-        ):
-            parts.append(_sums(tokens[:before].reshape(-1, c, d), share[:before].view(-1, 1, c)))
-            if before < shape[1]:
-                parts.append(_sums(tokens[None, before:], share[None, None, before:]))
-    sums = torch.cat(parts or [memories.new_empty(0, d, dtype=wide)])
-    sums = sums.view(b, count_chunks(m, c), d)
-    counts = pad_to(seen, c, 1, value=False).unflatten(1, (-1, c)).sum(2)
-    means = sums / counts.clamp(min=1)[..., None]
-    some = None if mask is None else counts > 0
-    if mask is None or bool(means.isfinite().all()):
+        recorded = True
+    if recorded:
+        tokens = pad_to(memories.to(wide), c, 1).unflatten(1, (-1, c))
+        return Summary(masked_mean(tokens, chunk_seen, 2), some)
+    # Without a copy of the memories: a product with the mask.
+    share = chunk_seen.to(wide)
+    share = share / share.sum(-1, keepdim=True).clamp(min=1.0)
+    means = memories.new_empty(*share.shape[:2], d, dtype=wide)
+    if m % c == 0:
+        # All rows at once, since their chunks lie one behind the other.
+        _average(memories.reshape(b * m, d), share.flatten(0, 1), means.flatten(0, 1))
+    else:
+        for row in zip(memories, share, means, strict=True):
+            _average(*row)
+    if mask is None or bool(means.sum().isfinite()):
         return Summary(means, some)
     # What is masked may hold NaN, and 0 times NaN is no 0.
     batch, chunks = (~means.isfinite().all(-1)).nonzero(as_tuple=True)
     numbers, seen = takes_part(chunks, m, mask, batch, c)
-    cut = masked_mean(memories[batch[:, None], numbers].to(wide), seen, 1)
-    return Summary(means.index_put((batch, chunks), cut), some)
+    means[batch, chunks] = masked_mean(memories[batch[:, None], numbers].to(wide), seen, 1)
+    return Summary(means, some)
 
 
-def _sums(tokens: Tensor, share: Tensor) -> Tensor:
-    """Sums (j, d) of tokens (j, c, d) by shares (j, 1, c) of a type that is as wide or wider."""
-    if tokens.dtype == share.dtype:
-        return torch.bmm(share, tokens)[:, 0]
-    step = max(1, _CONVERTED // max(1, tokens[0].numel())) if len(tokens) else 1
-    pairs = zip(tokens.split(step), share.split(step), strict=True)
-    return torch.cat([torch.bmm(y, x.to(y.dtype))[:, 0] for x, y in pairs])
+def _average(tokens: Tensor, share: Tensor, means: Tensor) -> None:
+    """Writes means (j, d) of tokens (m, d) by shares (j, c) that are of their type or wider."""
+    c, d = share.shape[1], tokens.shape[1]
+    whole = len(tokens) // c
+    chunks = tokens[: whole * c].reshape(whole, c, d)
+    # What has to be converted stays in a core's cache.
+    step = max(1, whole if tokens.dtype == share.dtype else _CONVERTED // (c * d))
+    with in_full(tokens):
+        for first in range(0, whole, step):
+            part = slice(first, min(whole, first + step))
+            out = means[part, None]
+            torch.bmm(share[part, None], chunks[part].to(share.dtype), out=out)
+        rest = tokens[whole * c :].to(share.dtype)
+        if len(rest):
+            torch.mv(rest.mT, share[whole, : len(rest)], out=means[whole])
 
 
 def takes_part(
