@@ -46,7 +46,7 @@ class Fails(TorchDispatchMode):
 
 
 class Interrupts:
-    """A key pressed while line `at` of the package is about to run."""
+    """A key pressed while line `at` of the package is about to run, or a function has ended."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -54,7 +54,7 @@ class Interrupts:
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
         if not frame.f_code.co_filename.startswith(SOURCES):
             return None
-        if event == "line":
+        if event in ("line", "return"):
             self.left -= 1
             if self.left == -1:
                 sys.settrace(None)

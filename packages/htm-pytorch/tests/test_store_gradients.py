@@ -249,6 +249,32 @@ def test_a_graph_keeps_nothing_of_the_size_of_the_store(device: torch.device, ra
     assert sizes[0] == sizes[1]
 
 
+# torch's compiler looks at what is handed from one of its graphs to another.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_in_a_compiled_function(device: torch.device, impl: str, randn: Randn) -> None:
+    """What its graphs keep is not overwritten either."""
+    torch.compiler.reset()
+    results = []
+    for compiled in (False, True):
+        module = memories_file.make_module(HTMAttention, device, impl=impl)
+        store, queries = filled(randn, device=device), randn(3, 2, DIM).requires_grad_()
+
+        def loss(x: Tensor, store: MemoryStore = store, module: Any = module) -> Tensor:
+            out = store.attend(module, x.square())
+            assert isinstance(out, Tensor)
+            return out.square().sum()
+
+        compute = torch.compile(loss, backend="aot_eager") if compiled else loss
+        losses = []
+        for seed in range(4):
+            losses.append(compute(queries))
+            store.append(randn(3, 4, DIM, seed=seed))
+        torch.stack(losses).sum().backward()
+        results.append([queries.grad, *(x.grad for x in module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0.0)
+
+
 def test_no_gradients_through_a_closed_folder(tmp_path: Path, randn: Randn) -> None:
     """Another store may have written to it: an error, never a wrong number."""
     cpu = torch.device("cpu")

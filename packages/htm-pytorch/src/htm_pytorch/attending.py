@@ -5,6 +5,10 @@ Shapes: e environments, n queries, d width, k chunks a query, j columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -14,6 +18,25 @@ from htm_pytorch.mapped import MappedPool
 from htm_pytorch.model import HTMAttention, HTMBlock
 from htm_pytorch.settings import Settings
 from htm_pytorch.storage import Pool
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def eagerly(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, left out of the graphs of `torch.compile`.
+
+    They would keep tokens in ways of their own, for which there is no lease.
+    """
+
+    @wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            found: R = torch.compiler.disable(function)(*args, **kwargs)
+            return found
+        return function(*args, **kwargs)
+
+    return outside
 
 
 def parts(module: object, settings: Settings) -> tuple[HTMBlock | None, HTMAttention]:

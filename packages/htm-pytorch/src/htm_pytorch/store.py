@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from htm_pytorch.attending import attend_view, look_up, parts
+from htm_pytorch.attending import attend_view, eagerly, look_up, parts
 from htm_pytorch.attention import choose
 from htm_pytorch.checks import (
     check_env_ids,
@@ -139,6 +139,7 @@ class MemoryStore:
                 check_overflow(tokens, stored)
                 self._layout.append(stored, ids)
 
+    @eagerly
     def attend(
         self,
         module: HTMAttention | HTMBlock,
@@ -153,9 +154,9 @@ class MemoryStore:
 
         Chunks count from the oldest that is held; j is that of the longest memory in question.
         Gradients of the module and the queries may be taken later, whatever was appended or
-        forgotten since, but not after a store with a path was closed. The module's `forward` is not
-        called, and neither are hooks on it; one that `torch.compile` has wrapped runs eagerly.
-        Under `torch.utils.checkpoint` the second forward pass would see what is held then.
+        forgotten since, but not after a store with a path was closed. The module's `forward` and
+        its hooks are not called. All runs eagerly, compiled or not. Under `torch.utils.checkpoint`
+        the second forward pass would see what is held then.
 
         Args:
             queries: (e, n, d).
@@ -165,8 +166,7 @@ class MemoryStore:
             return_weights: return their weights (e, n, min(k, j)), too.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type or shape, the module is for other
-                memories, or the store is closed.
+            TypeError, ValueError: an argument has the wrong type or shape, or the store is closed.
         """
         ids = self._ids(env_ids)
         block, attention = parts(module, self._settings)
