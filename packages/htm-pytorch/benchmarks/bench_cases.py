@@ -24,7 +24,7 @@ from bench_case import Case, Subject, Target
 
 SOME, MANY = 20_000, 200_000
 ENVIRONMENTS, EACH = 32, 4096
-DENSE = 1024
+DENSE = 512
 INDEXED = {"chunks": 32_768, "dim": 128}
 VAST = {"m": 10_000_000, "dim": 256}
 

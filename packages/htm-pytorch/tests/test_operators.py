@@ -84,8 +84,8 @@ def test_equals_plain_operations(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, kind: str, counts: bool, elements: int
 ) -> None:
     """Whatever number of queries is worked on at a time."""
-    monkeypatch.setattr(blocks, "_WORKING_SET", elements)
-    monkeypatch.setattr(blocks, "_ACCELERATOR_WORKING_SET", elements)
+    for name in ("_WORKING_SET", "_SHARED_WORKING_SET", "_ACCELERATOR_WORKING_SET"):
+        monkeypatch.setattr(blocks, name, elements)
     for seed in range(5):
         drawn = draw(device, seed, kind, counts)
         assert_same_gradients(drawn.fast, drawn.plain, drawn.leaves)

@@ -81,8 +81,8 @@ def test_gradients_of_memories_are_summed_in_full_width(
     device: torch.device, randn: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 3000 queries to one chunk, two at a time."""
-    monkeypatch.setattr(blocks, "_WORKING_SET", 64)
-    monkeypatch.setattr(blocks, "_ACCELERATOR_WORKING_SET", 64)
+    for name in ("_WORKING_SET", "_SHARED_WORKING_SET", "_ACCELERATOR_WORKING_SET"):
+        monkeypatch.setattr(blocks, name, 64)
     n, c, e = 3000, 4, 8
     q, keys = (in_half(randn(1, *shape), dtype) for shape in ((n, 1, e), (c, e)))
     weights = torch.ones(1, n, 1, device=device, dtype=torch.float64)

@@ -42,7 +42,7 @@ class RelativePositionBias(nn.Module):
         self.relative_attention_bias: nn.Embedding = nn.Embedding(num_buckets, heads)
 
     def buckets(self, distances: Tensor) -> Tensor:
-        """Buckets of distances, the place of a query less that of a key, any shape, int64."""
+        """Buckets of distances (...), int64."""
         buckets, first = self.num_buckets, torch.zeros_like(distances)
         if self.bidirectional:
             buckets //= 2
@@ -55,20 +55,7 @@ class RelativePositionBias(nn.Module):
         beyond = (exact + (grown * (buckets - exact)).long()).clamp(max=buckets - 1)
         return first + torch.where(distances < exact, distances, beyond)
 
-    def forward(self, n: int, m: int, first: int | None = None) -> Tensor:
-        """Biases (h, n, m) of n queries and m keys.
-
-        The first query has the place of key `first`; where None, the last query has that of the
-        last key, so that keys of a memory come before. Raises ValueError for a negative n or m.
-        """
-        if n < 0 or m < 0:
-            raise ValueError(f"n and m must be at least 0, got {n} and {m}")
-        weight = self.relative_attention_bias.weight
-        if n == 0 or m == 0:
-            return weight.new_zeros(weight.shape[1], n, m) + weight[:0].sum()
-        first = m - n if first is None else first
-        # All distances once, the largest first: a row is a window of them.
-        largest = first + n - 1
-        distances = torch.arange(largest, largest - (n + m - 1), -1, device=weight.device)
-        numbers = weight.t()[:, self.buckets(distances)]
-        return numbers.unfold(1, m, 1).flip(1)
+    def forward(self, distances: Tensor) -> Tensor:
+        """Biases (..., h) of distances (...), the place of a query less that of a key."""
+        biases: Tensor = self.relative_attention_bias(self.buckets(distances))
+        return biases

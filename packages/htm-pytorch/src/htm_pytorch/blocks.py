@@ -15,9 +15,10 @@ from torch import Tensor
 
 from htm_pytorch.retrieval import NOTHING, takes_part
 
-# Elements that are gathered at a time: what a core's cache holds, and what keeps an accelerator
-# busy.
+# Elements that are gathered at a time: what a core's cache holds; what is worth that several threads
+# wait for each other, as they do after each operation; and what keeps an accelerator busy.
 _WORKING_SET = 2**19
+_SHARED_WORKING_SET = 2**22
 _ACCELERATOR_WORKING_SET = 2**26
 
 
@@ -59,7 +60,9 @@ class Blocks:
         on_cpu = q.device.type == "cpu"
         self._all_valid: list[bool] = self.valid.all(1).tolist() if on_cpu else []
         self._all_see: list[bool] = self.valid.any(1).tolist() if on_cpu else []
-        working_set = _WORKING_SET if on_cpu else _ACCELERATOR_WORKING_SET
+        working_set = _ACCELERATOR_WORKING_SET
+        if on_cpu:
+            working_set = _WORKING_SET if torch.get_num_threads() == 1 else _SHARED_WORKING_SET
         self._step: int = min(b * n, max(1, working_set // (self.rows.shape[1] * d)))
         self._memories: Tensor = memories.reshape(b * m, d)
         # Memory that is new each time costs more than what is read into it.
