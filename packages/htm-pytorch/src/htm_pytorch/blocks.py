@@ -15,8 +15,8 @@ from torch import Tensor
 
 from htm_pytorch.retrieval import NOTHING, takes_part
 
-# Elements that are gathered at a time: what a core's cache holds; what is worth that several threads
-# wait for each other, as they do after each operation; and what keeps an accelerator busy.
+# Elements that are gathered at a time: what a core's cache holds; what is worth that threads wait
+# for each other, as they do after each operation; and what keeps an accelerator busy.
 _WORKING_SET = 2**19
 _SHARED_WORKING_SET = 2**22
 _ACCELERATOR_WORKING_SET = 2**26
