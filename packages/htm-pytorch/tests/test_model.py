@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from htm_pytorch import HTMAttention, HTMBlock, SinusoidalPosition, attention
+from htm_pytorch import HTMAttention, HTMBlock, SinusoidalPosition, attention, retrieval
 from shared_core.testing import assert_masked_ignored, assert_same_gradients
 
 DETACH = pytest.mark.parametrize("detach_memories", [False, True])
@@ -537,3 +537,44 @@ def test_positions_in_halves_are_rounded_once(device: torch.device, dtype: torch
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(born(x.to(dtype)), exact.to(dtype))
+
+
+@pytest.mark.parametrize("m", [12, 14])
+def test_views_of_memories(make_attention: Any, randn: Any, m: int, impl: str) -> None:
+    """Slices of a buffer with room, tokens first, one memory for all rows, every other token."""
+    module = make_attention(impl=impl)
+    queries, tokens = randn(2, 3, 6), randn(2, m, 6, seed=2)
+    room = randn(2, m + 5, 6, seed=3)
+    room[:, :m] = tokens
+    strided = randn(2, 2 * m, 6, seed=4)
+    strided[:, ::2] = tokens
+    wide = randn(2, m, 12, seed=5)
+    wide[..., ::2] = tokens
+    views = [room[:, :m], tokens.transpose(0, 1).contiguous().transpose(0, 1)]
+    views += [strided[:, ::2], wide[..., ::2]]
+    for view in views:
+        assert not view.is_contiguous()
+        torch.testing.assert_close(
+            module(queries, view), module(queries, tokens), atol=1e-12, rtol=0
+        )
+    one = tokens[:1].expand(2, -1, -1)
+    expected = module(queries, one.contiguous())
+    torch.testing.assert_close(module(queries, one), expected, atol=1e-12, rtol=0)
+
+
+def test_masked_nan_everywhere(make_attention: Any, randn: Any, monkeypatch: Any) -> None:
+    """In whole chunks and in parts of them, summarised a chunk at a time."""
+    monkeypatch.setattr(retrieval, "_CONVERTED", 1)
+    module = make_attention()
+    queries, memories = randn(2, 3, 6), randn(2, 20, 6, seed=2)
+    mask = some(2, 20, seed=1, device=queries.device)
+    mask[:, 3:9] = False
+    hidden = memories.masked_fill(~mask[..., None], float("nan"))
+    out = module(queries, memories, mask)
+    torch.testing.assert_close(module(queries, hidden, mask), out, atol=1e-12, rtol=0)
+
+
+def test_forward_mode_is_refused(make_attention: Any, randn: Any, impl: str) -> None:
+    module, queries, memories = make_attention(impl=impl), randn(1, 3, 6), randn(1, 8, 6, seed=2)
+    with pytest.raises(NotImplementedError, match="htm_pytorch differentiates in reverse mode"):
+        torch.func.jvp(lambda x: module(x, memories), (queries,), (queries,))

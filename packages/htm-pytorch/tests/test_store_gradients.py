@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,6 +300,66 @@ def test_no_gradients_through_a_closed_folder(tmp_path: Path, randn: Randn) -> N
             first.sum().backward()
         # It is the closed one alone that they cannot pass.
         store.attend(module, queries).sum().backward()  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_gradients_through_a_folder_that_was_dropped(tmp_path: Path, randn: Randn) -> None:
+    """Without being closed: its lock is gone all the same."""
+    module, queries = memories_file.make_module(HTMAttention, torch.device("cpu")), randn(3, 2, DIM)
+    queries = queries.cpu().requires_grad_()
+    store = new_store(path=tmp_path / "store")
+    store.append(randn(3, 4, DIM))
+    store.flush()
+    out = store.attend(module, queries)
+    del store
+    gc.collect()
+    with MemoryStore.open(tmp_path / "store") as other:
+        other.reset()
+        other.flush()
+        other.append(randn(3, 40, DIM, seed=5))
+        with pytest.raises(ValueError, match="no gradients through a store with a path after it"):
+            out.sum().backward()
+
+
+def test_an_old_graph_holds_back_only_what_it_may_have_seen(
+    device: torch.device, randn: Randn
+) -> None:
+    store = new_store(capacity=CAPACITY, device=device)
+    module = memories_file.make_module(HTMAttention, device)
+    queries = randn(3, 2, DIM).requires_grad_()
+    store.append(randn(3, 2 * CHUNK, DIM))
+    old = store.attend(module, queries)
+    for seed in range(40):
+        store.append(randn(3, CHUNK, DIM, seed=seed))
+        # A graph of each step, which ends before the next.
+        store.attend(module, queries)
+    held = ENVIRONMENTS * CAPACITY // CHUNK
+    # What the old one has seen, what is held, and what the last step has let go of.
+    assert len(store._layout.pool.tokens) <= 4 * held
+    assert store._layout.pool.room.used <= 3 * held
+    old.sum().backward()
+
+
+def test_attending_in_several_threads(device: torch.device, randn: Randn) -> None:
+    """Each with its own graph, none of whose leases is lost."""
+    store = new_store(capacity=CAPACITY, device=device)
+    module = memories_file.make_module(HTMAttention, device)
+    store.append(randn(3, 2 * CHUNK, DIM))
+    queries = randn(3, 2, DIM)
+    with torch.no_grad():
+        expected = store.attend(module, queries)
+
+    def attend(_: int) -> list[Tensor]:
+        return [store.attend(module, queries.clone().requires_grad_()) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [out for outs in pool.map(attend, range(4)) for out in outs]
+    leases = store._layout.pool.leases
+    assert len(leases.live()) == 200
+    assert all(torch.equal(out, expected) for out in found)
+    del found
+    gc.collect()
+    assert leases.live() == []
 
 
 def test_in_memory_gradients_pass_a_closed_store(device: torch.device, randn: Randn) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import importlib.util
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +107,34 @@ def test_a_fork_leaves_the_folder_alone(
     with MemoryStore.open(tmp_path / "x", read_only=True) as store, monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: process + 1)
         assert store.lengths.tolist() == [len(x) + 2 for x in expected.tokens]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_closed_for_forks_as_well(tmp_path: Path, randn: Randn) -> None:
+    """One that lives on has the file of the lock open, and not the lock."""
+    store, expected = filled(randn, path=tmp_path / "x")
+    ends, tells = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(ends, 1)
+        os._exit(0)
+    try:
+        store.close()
+        with MemoryStore.open(tmp_path / "x") as again:
+            assert expected.same(again)
+    finally:
+        os.write(tells, b".")
+        os.waitpid(child, 0)
+        os.close(ends)
+        os.close(tells)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_a_folder_is_not_copied(tmp_path: Path, randn: Randn, duplicate: Any) -> None:
+    store, _ = filled(randn, path=tmp_path / "x")
+    with pytest.raises(TypeError, match="a store with a path cannot be copied or pickled"):
+        duplicate(store)
+    store.close()
 
 
 def test_a_system_without_locks(

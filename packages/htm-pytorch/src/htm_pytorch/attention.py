@@ -15,6 +15,7 @@ from torch import Tensor
 
 from htm_pytorch.chunkwise import attend_chunkwise
 from htm_pytorch.fused import attend_fused
+from htm_pytorch.plain import refuse_tangents
 from htm_pytorch.retrieval import Summary, count_chunks, find
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def _projected(
         tokens = tokens + positions[places % c]
     keys, values = module.attn.to_kv(tokens).unflatten(-1, (2, module.heads, -1)).unbind(2)
     asking = _queries(module, queries).to(keys.dtype)
+    refuse_tangents(asking, keys, values, weights)
     found: Tensor = attend_chunkwise(asking, keys, values, weights, indices, mask, c)
     return found
 

@@ -8,6 +8,7 @@ queries at a time, t = k c.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -64,7 +65,7 @@ class Blocks:
         if on_cpu:
             working_set = _WORKING_SET if torch.get_num_threads() == 1 else _SHARED_WORKING_SET
         self._step: int = min(b * n, max(1, working_set // (self.rows.shape[1] * d)))
-        self._memories: Tensor = memories.reshape(b * m, d)
+        self._memories, self._places = _flat(memories, self.rows)
         # Memory that is new each time costs more than what is read into it.
         self._room: Tensor = memories.new_empty(self._step * self.rows.shape[1], d)
         self._converted: Tensor | None = None
@@ -79,7 +80,7 @@ class Blocks:
 
     def gather(self, part: slice) -> Tensor:
         """Tokens (r, t, d), in the same memory each time; 0 for a query to which none is valid."""
-        rows = self.rows[part]
+        rows = self._places[part]
         room = self._room[: rows.numel()]
         torch.index_select(self._memories, 0, rows.flatten(), out=room)
         if not (self._all_see and all(self._all_see[part])):
@@ -114,6 +115,24 @@ class Blocks:
     def weighted(self, part: slice, probabilities: Tensor) -> Tensor:
         """Probabilities times the weights of their chunks."""
         return probabilities * self.weights[part][:, None, :, None]
+
+
+def _flat(memories: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Memories (b, m, d) as one matrix, and where the rows of all b m tokens are in it.
+
+    Of a slice, or of what is expanded or transposed, a view with more rows, or other ones.
+    """
+    (b, m, d), (over_batch, over_tokens, last) = memories.shape, memories.stride()
+    if memories.is_contiguous():
+        return memories.view(b * m, d), rows
+    apart = math.gcd(over_batch, over_tokens)
+    if last != 1 or apart == 0:
+        return memories.reshape(b * m, d), rows
+    over_batch, over_tokens = over_batch // apart, over_tokens // apart
+    reach = (b - 1) * over_batch + (m - 1) * over_tokens + 1
+    return memories.as_strided(
+        (reach, d), (apart, 1)
+    ), rows // m * over_batch + rows % m * over_tokens
 
 
 class Sums:

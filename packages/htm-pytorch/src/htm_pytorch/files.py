@@ -95,6 +95,12 @@ def lock_folder(folder: Path, *, shared: bool) -> IO[bytes]:
     return file
 
 
+def unlock(file: IO[bytes]) -> None:
+    """Gives back the lock of `lock_folder`, also where a forked process has the file open, too."""
+    fcntl = _fcntl()
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def _fcntl() -> Any:
     try:
         return import_module("fcntl")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from htm_pytorch.blocks import Blocks, Sums
-from htm_pytorch.plain import differentiate_twice
+from htm_pytorch.plain import differentiate_twice, refuse_tangents
 
 _INPUTS = (
     "Tensor q, Tensor memories, Tensor weights, Tensor indices, Tensor? mask, Tensor? positions, "
@@ -45,10 +45,16 @@ def attend_fused(
 
     Returns:
         (b, n, h, d).
+
+    Raises:
+        NotImplementedError: differentiation is in forward mode.
     """
     needed = q.requires_grad or memories.requires_grad or weights.requires_grad
+    refuse_tangents(q, memories, weights)
     # Kept for the backward pass where they take no more than the queries do.
-    keep = needed and torch.is_grad_enabled() and indices.shape[2] * c <= q.shape[3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    takes = indices.shape[2] * c * wide.itemsize
+    keep = needed and torch.is_grad_enabled() and takes <= q.shape[3] * q.dtype.itemsize
     out: Tensor = _attend(q, memories, weights, indices, mask, positions, c, keep)[0]
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from threading import Lock
 from typing import Any
 from weakref import ref
 
@@ -23,12 +24,17 @@ class Leases:
         self._closed: bool = False
         # Beside each lease an empty tensor that shares its version counter.
         self._live: dict[int, tuple[ref[Tensor], Tensor]] = {}
-        # Filled by whichever thread runs a backward pass, emptied by the thread of the store.
+        # Filled by whichever thread runs a backward pass, in the middle of anything.
         self._ended: deque[int] = deque()
+        self._lock: Lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a store has tokens of its own, which nobody has been lent.
-        return self.__dict__ | {"_live": {}, "_ended": deque()}
+        return {"_taken": self._taken, "_closed": self._closed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__ |= state
 
     @property
     def taken(self) -> int:
@@ -37,28 +43,35 @@ class Leases:
 
     def take(self, tokens: Tensor) -> Tensor:
         """The tokens, under a lease."""
-        self.ended()
         # No view of the tokens: what is written to them counts as no change of the lease. What a
         # graph reads of it does not change, which autograd cannot know.
         lent = tokens.data
         version = lent.detach()
         version.data = version.new_empty(0)
-        number, ended = self._taken, self._ended
-        self._live[number] = ref(lent, lambda _: ended.append(number)), version
-        self._taken += 1
+        ended = self._ended
+        with self._lock:
+            number = self._taken
+            self._live[number] = ref(lent, lambda _: ended.append(number)), version
+            self._taken += 1
         return lent
 
-    def ended(self) -> int:
-        """How many of the leases taken first have all ended."""
-        while self._ended:
-            del self._live[self._ended.popleft()]
-        return next(iter(self._live), self._taken)
+    def some_ended(self) -> bool:
+        """Whether leases have ended since `live` was asked for."""
+        return bool(self._ended)
+
+    def live(self) -> list[int]:
+        """Numbers of the leases that last, in the order in which they were taken, from 0."""
+        with self._lock:
+            while self._ended:
+                del self._live[self._ended.popleft()]
+            return list(self._live)
 
     def close(self) -> None:
         """Makes an error of every backward pass that reads what was lent."""
         self._closed = True
-        for _, version in self._live.values():
-            torch.autograd.graph.increment_version(version)
+        with self._lock:
+            for _, version in self._live.values():
+                torch.autograd.graph.increment_version(version)
 
     def check(self, _: Tensor) -> None:
         """Raises ValueError if closed: a hook of what was found in a lease, to say it plainly."""

@@ -10,13 +10,21 @@ import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.files import load_file, lock_folder, make_folder, save_file, sync_file
+from htm_pytorch.files import (
+    load_file,
+    lock_folder,
+    make_folder,
+    save_file,
+    sync_file,
+    unlock,
+)
 from htm_pytorch.settings import Settings
-from htm_pytorch.storage import Pool, Room
+from htm_pytorch.storage import Pool, Room, longer
 
 _KIND = "htm_pytorch memory store, folder"
 _MANIFEST = "manifest"
@@ -70,6 +78,8 @@ class MappedPool(Pool):
         if not read_only:
             make_folder(path)
         self._lock = lock_folder(path, shared=read_only)
+        # Without the lock others may write to what was lent.
+        finalize(self, self.leases.close)
         try:
             # Once more, now that nobody else writes.
             found = read_manifest(path)
@@ -115,6 +125,8 @@ class MappedPool(Pool):
         self.means = self.means[:0].clone()
         # Another store may write to what was lent.
         self.leases.close()
+        if not self.is_foreign:
+            unlock(self._lock)
         self._lock.close()
 
     def _freed(self, places: Tensor) -> Room:
@@ -146,12 +158,11 @@ class MappedPool(Pool):
     def _grow(self, least: int) -> None:
         # Nothing is copied, so there is no need to claim twice as much of the disk.
         room = max(least, len(self.tokens) + len(self.tokens) // 4)
-        pinned = torch.zeros(room, dtype=torch.bool)
-        pinned[: len(self._pinned)] = self._pinned
+        pinned, begun = longer(self._pinned, room), longer(self._begun, room)
         tokens, means = (
             _map(file, part, room, self.read_only) for file, part in self._files().items()
         )
-        self.tokens, self.means, self._pinned = tokens, means, pinned
+        self.tokens, self.means, self._pinned, self._begun = tokens, means, pinned, begun
 
 
 def make_pool(

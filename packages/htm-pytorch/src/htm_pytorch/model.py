@@ -77,7 +77,7 @@ class SinusoidalPosition(nn.Module):
         """Keeps the frequencies in full precision where the module is cast to bf16 or fp16."""
         before = self.inv_freqs
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.inv_freqs.dtype.itemsize < before.dtype.itemsize:
+        if self.inv_freqs.dtype.itemsize < 4:
             self.inv_freqs = before.to(self.inv_freqs.device)
         return self
 

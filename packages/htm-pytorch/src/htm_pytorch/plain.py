@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from htm_pytorch.retrieval import NOTHING, takes_part
 
@@ -52,6 +53,17 @@ def attend_plain(
     share = scores.softmax(-1).to(q.dtype) * weights[:, :, None, None, :, None]
     seen = found if values is None else gather(values)
     return torch.einsum("bnghkc,bnkcge->bnghe", share, seen).flatten(2, 3)
+
+
+def refuse_tangents(*inputs: Tensor) -> None:
+    """Raises NotImplementedError for derivatives in forward mode, which operators know nothing of.
+
+    They would be 0 without a word.
+    """
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise NotImplementedError("htm_pytorch differentiates in reverse mode only")
 
 
 def differentiate_twice(

@@ -55,44 +55,63 @@ def in_full(x: Tensor) -> AbstractContextManager[object]:
 
 def summarise(memories: Tensor, mask: Tensor | None, c: int) -> Summary:
     """Means of chunks of memories (b, m, d), mask (b, m)."""
-    b, m, d = memories.shape
     wide = torch.promote_types(memories.dtype, torch.float32)
-    if m == 0:
+    if memories.shape[1] == 0:
         return Summary(memories.to(wide), None)
     seen = torch.ones_like(memories[..., 0], dtype=torch.bool) if mask is None else mask
-    chunk_seen = pad_to(seen, c, 1, value=False).unflatten(1, (-1, c))
-    some = None if mask is None else chunk_seen.any(2)
-    recorded = memories.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or type(memories.data) is not Tensor or memories.is_meta:
-        # No numbers to look at: one graph for any m, whether its last chunk is cut or not.
-        recorded = True
-    if recorded:
+    seen = pad_to(seen, c, 1, value=False).unflatten(1, (-1, c))
+    if memories.requires_grad and torch.is_grad_enabled():
         tokens = pad_to(memories.to(wide), c, 1).unflatten(1, (-1, c))
-        return Summary(masked_mean(tokens, chunk_seen, 2), some)
-    # Without a copy of the memories: a product with the mask.
-    share = chunk_seen.to(wide)
+        means = masked_mean(tokens, seen, 2)
+    else:
+        means = _means(memories.detach(), seen)
+    return Summary(means, None if mask is None else seen.any(2))
+
+
+@torch.library.custom_op("htm_pytorch::means", mutates_args=())
+def _means(memories: Tensor, seen: Tensor) -> Tensor:
+    """Means (b, j, d) of memories (b, m, d) where they are seen (b, j, c), without a copy of them.
+
+    An operator, so that a graph has one node of it for any m, whether its last chunk is cut or not.
+    """
+    (b, m, d), (j, c) = memories.shape, seen.shape[1:]
+    wide = torch.promote_types(memories.dtype, torch.float32)
+    # A product with the mask.
+    share = seen.to(wide)
     share = share / share.sum(-1, keepdim=True).clamp(min=1.0)
-    means = memories.new_empty(*share.shape[:2], d, dtype=wide)
-    if m % c == 0:
+    means = memories.new_empty(b, j, d, dtype=wide)
+    if m % c == 0 and memories.is_contiguous():
         # All rows at once, since their chunks lie one behind the other.
-        _average(memories.reshape(b * m, d), share.flatten(0, 1), means.flatten(0, 1))
+        _average(memories.view(b * m, d), share.flatten(0, 1), means.flatten(0, 1))
     else:
         for row in zip(memories, share, means, strict=True):
             _average(*row)
-    if mask is None or bool(means.sum().isfinite()):
-        return Summary(means, some)
+    if bool(means.sum().isfinite()):
+        return means
     # What is masked may hold NaN, and 0 times NaN is no 0.
-    batch, chunks = (~means.isfinite().all(-1)).nonzero(as_tuple=True)
-    numbers, seen = takes_part(chunks, m, mask, batch, c)
-    means[batch, chunks] = masked_mean(memories[batch[:, None], numbers].to(wide), seen, 1)
-    return Summary(means, some)
+    some = seen.any(2)
+    means.masked_fill_(~some[..., None], 0.0)
+    batch, chunks = (some & ~means.isfinite().all(-1)).nonzero(as_tuple=True)
+    for rows, numbers in zip(
+        *(x.split(max(1, _CONVERTED // (c * d))) for x in (batch, chunks)), strict=True
+    ):
+        tokens, valid = takes_part(numbers, m, None, rows, c)
+        cut = memories[rows[:, None], tokens].to(wide)
+        means[rows, numbers] = masked_mean(cut, valid & seen[rows, numbers], 1)
+    return means
+
+
+@_means.register_fake
+def _(memories: Tensor, seen: Tensor) -> Tensor:
+    wide = torch.promote_types(memories.dtype, torch.float32)
+    return memories.new_empty(*seen.shape[:2], memories.shape[2], dtype=wide)
 
 
 def _average(tokens: Tensor, share: Tensor, means: Tensor) -> None:
     """Writes means (j, d) of tokens (m, d) by shares (j, c) that are of their type or wider."""
     c, d = share.shape[1], tokens.shape[1]
     whole = len(tokens) // c
-    chunks = tokens[: whole * c].reshape(whole, c, d)
+    chunks = tokens[: whole * c].unflatten(0, (whole, c))
     # What has to be converted stays in a core's cache.
     step = max(1, whole if tokens.dtype == share.dtype else _CONVERTED // (c * d))
     with in_full(tokens):
@@ -168,8 +187,8 @@ def find(
         if chunk_mask is not None:
             allowed = allowed & chunk_mask.gather(2, indices)
         # Not by a product: what must not be chosen may hold NaN.
-        chosen = means[batch, indices].masked_fill(~allowed[..., None], 0.0)
-        relevance = (chosen * asked[:, :, None]).sum(-1).masked_fill(~allowed, NOTHING)
+        chosen = means[batch, indices].masked_fill_(~allowed[..., None], 0.0)
+        relevance = (chosen @ asked[..., None])[..., 0].masked_fill(~allowed, NOTHING)
         relevance, order = relevance.sort(stable=True, dim=-1, descending=True)
         indices, allowed = (x.gather(2, order) for x in (indices, allowed))
         weights = relevance.softmax(-1).masked_fill(~allowed, 0.0)

@@ -5,8 +5,6 @@ Shapes: p chunks that there is room for, c tokens a chunk, d width, x places or 
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -46,8 +44,8 @@ class Pool:
 
     Attributes:
         tokens: (p, c, d).
-        leases: of those who want to read tokens later. What was given back after they were taken is
-            handed out again when all of them have ended.
+        leases: of those who want to read tokens later. A place that is given back is handed out
+            again when all have ended that were taken while it was somebody's.
         room: what is free.
     """
 
@@ -58,7 +56,11 @@ class Pool:
         self.limit: int | None = limit
         self.leases: Leases = Leases()
         self.room: Room = Room(0, _NONE, _NONE)
-        self._released: deque[Released] = deque()
+        # What was given back and not looked at yet, and what was, and is still read.
+        self._released: list[Released] = []
+        self._held: list[Released] = []
+        # How many leases had been taken when a place was handed out: (p,).
+        self._begun: Tensor = _NONE
 
     @property
     def is_foreign(self) -> bool:
@@ -67,13 +69,22 @@ class Pool:
 
     def collect(self) -> Room:
         """Notes as free what nobody reads any more, and returns `room`."""
-        ended = self.leases.ended()
-        over = list(takewhile(lambda x: x.leases <= ended, self._released))
-        if over:
-            room = self._freed(torch.cat([x.places for x in over]))
-            # In this order: an interrupt between the two loses places, and gives none out twice.
-            for _ in over:
-                self._released.popleft()
+        again = self._held if self.leases.some_ended() else []
+        waiting = [*again, *self._released]
+        if waiting:
+            live = torch.tensor(self.leases.live(), dtype=torch.int64)
+            held, free = [] if again else self._held, []
+            for entry in waiting:
+                # Whether any of the leases lasts that were taken in the meantime.
+                first, last = torch.searchsorted(live, self._begun[entry.places]), entry.leases
+                read = first < torch.searchsorted(live, last)
+                free.append(entry.places[~read])
+                if bool(read.any()):
+                    held = [*held, entry._replace(places=entry.places[read])]
+            room = self._freed(torch.cat(free))
+            # In this order: an interrupt in between loses places, and gives none out twice.
+            self._released = []
+            self._held = held
             self.room = room
         return self.room
 
@@ -86,6 +97,7 @@ class Pool:
             self._grow(used_then)
         kept = len(free) - again
         taken = torch.cat((free[kept:], torch.arange(used, used_then)))
+        self._begun[taken] = self.leases.taken
         self.room = Room(used_then, free[:kept], pending)
         return taken
 
@@ -122,4 +134,12 @@ class Pool:
             room = self.limit if len(old) < self.limit else len(old) + len(old) // 4
         tokens = old.new_empty(max(least, room), *old.shape[1:])
         tokens[: self.room.used] = old[: self.room.used]
+        self._begun = longer(self._begun, len(tokens))
         self.tokens = tokens
+
+
+def longer(x: Tensor, n: int) -> Tensor:
+    """Numbers (n,) that begin with those of x, and go on with 0."""
+    found = x.new_zeros(n)
+    found[: len(x)] = x
+    return found

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,6 +223,11 @@ class MemoryStore:
             finally:
                 self._closed = True
                 self._layout.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.path is not None:
+            raise TypeError("a store with a path cannot be copied or pickled: save it, or open it")
+        return self.__dict__
 
     def __enter__(self) -> MemoryStore:
         self._check_open()
