@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Logits that are worked on at a time: what a core's cache holds, and what keeps an accelerator
-# busy. Half precision takes more of them, since its products are short of work sooner.
-_WORKING_SET = 2**17
-_HALF_WORKING_SET = 2**19
+# busy.
+_WORKING_SET = 2**18
 _ACCELERATOR_WORKING_SET = 2**27
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? by_distance, Tensor? mask, bool causal"
@@ -158,18 +157,16 @@ class _Sizes(NamedTuple):
 
 def _sizes(q: Tensor, m: int) -> _Sizes:
     b, h, n, _ = q.shape
-    room = _HALF_WORKING_SET if q.element_size() < 4 else _WORKING_SET
-    if q.device.type != "cpu":
-        room = _ACCELERATOR_WORKING_SET
-    if h * n * m <= room:
-        return _Sizes(h * min(b, room // (h * n * m)), h, n)
+    room = _WORKING_SET if q.device.type == "cpu" else _ACCELERATOR_WORKING_SET
     heads = max(1, room // (n * m))
-    rows = min(n, max(64, room // m))
-    if q.element_size() < 4 and heads == 1:
-        # Products of several heads with fewer rows each.
-        rows = min(n, 128)
-        heads = min(h, max(1, room // (rows * m)))
-    return _Sizes(heads, heads, rows)
+    if heads >= h:
+        return _Sizes(h * min(b, heads // h), h, n)
+    return _Sizes(heads, heads, n if heads > 1 else min(n, max(64, room // m)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(g, i, j) times (g, j, k). Of a single pair as matrices, which need not be copied for it."""
+    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
 
 
 def _blocks(
@@ -194,7 +191,7 @@ def _blocks(
             for start in range(0, n, sizes.rows):
                 stop = min(n, start + sizes.rows)
                 seen = m - n + stop if causal else m
-                logits = torch.bmm(flat_q[pairs, start:stop], flat_k[pairs, :seen].mT)
+                logits = _product(flat_q[pairs, start:stop], flat_k[pairs, :seen].mT)
                 each = logits.view(rows_of - batch, -1, stop - start, seen)
                 if tile is not None:
                     each += _window(tile, n - 1 - start, stop - start, seen)
@@ -267,53 +264,52 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and by_distance, the last one empty where there are no biases."""
     grads = _new_gradients(q, k, v, by_distance)
-    for x in grads:
-        x.zero_()
     if grads[0].numel() == 0 or k.shape[2] == 0:
+        for x in grads:
+            x.zero_()
         return grads
     n = q.shape[2]
     grad, q3, k3, v3 = (x.reshape(-1, *x.shape[2:]) for x in (grad, q, k, v))
-    grad_q = grads[0].view(-1, *q.shape[2:])
+    grad_q = grads[0].view(q3.shape)
+    # Sums over blocks of queries: in half precision each addition would round. Transposed, since
+    # the wide weights are then the right-hand factor, which is faster.
     wide = torch.promote_types(q.dtype, torch.float32)
-    # Sums over blocks of queries: in half precision each addition would round.
-    total_k, total_v = (x.view(-1, *x.shape[2:]) for x in (grads[1], grads[2]))
-    if wide != q.dtype:
-        total_k, total_v = (torch.zeros_like(x, dtype=wide) for x in (total_k, total_v))
+    totals = [x.new_zeros(len(x), x.shape[2], x.shape[1], dtype=wide) for x in (k3, v3)]
     total_biases = torch.zeros_like(grads[3], dtype=wide)
+    skewed = torch.empty(0)
     for block in _blocks(q, k, by_distance, mask, causal):
-        pairs, rows = block.pairs, block.rows
-        keys = slice(0, block.m)
+        pairs, rows, keys = block.pairs, block.rows, slice(0, block.m)
         asked = grad[pairs, rows]
-        _add_product(total_v[pairs, keys], block.weights.mT, asked)
-        worth = torch.bmm(asked, v3[pairs, keys].mT)
+        totals[1][pairs, :, keys] += _product(asked.mT, block.weights)
+        worth = _product(asked, v3[pairs, keys].mT)
         logits = torch.ops.aten._softmax_backward_data(worth, block.weights, -1, q.dtype)
-        grad_q[pairs, rows] = torch.bmm(logits, k3[pairs, keys])
-        _add_product(total_k[pairs, keys], logits.mT, q3[pairs, rows])
+        grad_q[pairs, rows] = _product(logits, k3[pairs, keys])
+        totals[0][pairs, :, keys] += _product(q3[pairs, rows].mT, logits)
         if by_distance is not None:
-            each = logits.view(-1, block.heads.stop - block.heads.start, *logits.shape[1:]).sum(0)
+            each = logits.view(-1, block.heads.stop - block.heads.start, *logits.shape[1:])
+            each = each[0] if len(each) == 1 else each.sum(0)
+            skewed = _skew(each, skewed)
+            sums = skewed.new_ones(1, skewed.shape[1]) @ skewed
             first = n - rows.stop
-            sums = _diagonals(each)
-            total_biases[block.heads, first : first + sums.shape[1]] += sums
-    if wide != q.dtype:
-        grads[1].view(total_k.shape).copy_(total_k)
-        grads[2].view(total_v.shape).copy_(total_v)
+            total_biases[block.heads, first : first + sums.shape[2]] += sums[:, 0]
+    grads[1].view(k3.shape).copy_(totals[0].mT)
+    grads[2].view(v3.shape).copy_(totals[1].mT)
     grads[3].copy_(total_biases)
     return grads
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.baddbmm_(a, b)
-    else:
-        total += torch.bmm(a, b)
+def _skew(x: Tensor, room: Tensor) -> Tensor:
+    """(h, r, m) with each row one place to the left of the row before it: (h, r, r + m - 1).
 
-
-def _diagonals(x: Tensor) -> Tensor:
-    """Sums along the diagonals of (h, r, m): (h, r + m - 1), the lowest left corner first."""
+    The column sums are those of the diagonals, the lowest left corner first. `room` is what an
+    earlier call returned: of the same shape, it is 0 where it has to be.
+    """
     heads, rows, m = x.shape
-    skewed = x.new_zeros(heads, rows, rows + m - 1)
-    _window(skewed, rows - 1, rows, m).copy_(x)
-    return skewed.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    shape = heads, rows, rows + m - 1
+    if room.shape != shape:
+        room = x.new_zeros(shape)
+    _window(room, rows - 1, rows, m).copy_(x)
+    return room
 
 
 def _new_gradients(
