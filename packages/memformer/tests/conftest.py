@@ -28,13 +28,6 @@ SETTINGS: dict[str, Any] = {
     "dec_heads": 3,
     "dec_max_seq_len": LENGTH,
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "gru": {},
-    "bmn": {"writer": "bmn"},
-    "twice": {"num_mem_updates": 2},
-    "tied": {"tie_embeddings": True, "writer": "bmn", "num_mem_updates": 2},
-    "legacy": {"legacy": True},
-}
 
 
 class MakeModel(Protocol):
@@ -52,6 +45,12 @@ class Randn(Protocol):
 @pytest.fixture(params=["gru", "bmn"])
 def writer(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """What `make_model` builds, as constructor arguments."""
+    return dict(SETTINGS)
 
 
 @pytest.fixture

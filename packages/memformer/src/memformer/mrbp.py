@@ -155,7 +155,7 @@ def memory_replay_backprop(
         _average_gradients(model)
     if mem is None:
         raise RuntimeError("no segment was run")
-    zero = torch.zeros((), device=mem.device)
+    zero = next(iter(losses.values()), mem).new_zeros(())
     each = torch.stack([losses.get(i, zero).to(zero) for i in range(count)])
     return Replay(each.sum(), each, mem)
 
