@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memformer import Memformer
+from memformer import Decoder, Memformer
 from shared_core.testing import (
     assert_compiles,
     assert_data_parallel,
@@ -40,11 +40,22 @@ def masks(src: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles(make_model: MakeModel, tokens: Tokens, backend: str) -> None:
+def test_compiles(make_model: MakeModel, tokens: Tokens) -> None:
     model = make_model(enc_depth=1, dec_depth=1).float()
     src, tgt = tokens(2, 6), tokens(2, 5, seed=2)
-    assert_compiles(model, (src, tgt, None, masks(src)), backend)
+    assert_compiles(model, (src, tgt, None, masks(src)))
+
+
+def test_inductor(device: torch.device) -> None:
+    """One layer: what inductor makes of a whole model takes it minutes."""
+    decoder = Decoder(4, 1, heads=1).to(device)
+    assert_compiles(decoder, (torch.randn(1, 3, 4, device=device),), "inductor")
+
+
+@pytest.mark.slow
+def test_inductor_of_a_whole_model(make_model: MakeModel, tokens: Tokens, writer: str) -> None:
+    model = make_model(enc_depth=1, dec_depth=1, writer=writer).float()
+    assert_compiles(model, (tokens(2, 6), tokens(2, 5, seed=2)), "inductor")
 
 
 def test_compiles_the_other_writer(make_model: MakeModel, tokens: Tokens) -> None:

@@ -16,7 +16,7 @@ from memformer.attention import nothing
 from memformer.transformer import Attention
 
 WRITERS = ("gru", "bmn")
-BMN_BIAS = 0.01
+BMN_BIAS = 0.001
 """How long the bias of a slot of norm 1 is at first."""
 
 
