@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from memformer.checks import check_mask, check_positive
 from memformer.model import EncOnlyResults, Memformer, Results
 
 Loss = Callable[[Results | EncOnlyResults, int], Tensor | None]
-Item = TypeVar("Item")
 
 
 class Replay(NamedTuple):

@@ -411,7 +411,7 @@ class TransformerWrapper(nn.Module):
 
     def forward(
         self,
-        x: Tensor | None = None,
+        x: Tensor | None,
         *,
         context: Tensor | None = None,
         src_mask: Tensor | None = None,
@@ -421,7 +421,7 @@ class TransformerWrapper(nn.Module):
         """Tokens (b, n), or their embeddings (b, n, d), to logits (b, n, num_tokens) or (b, n, d).
 
         Args:
-            x, inputs_embeds: one of them.
+            x: tokens; None where `inputs_embeds` takes their place.
             context: (b, m, d) that the layers attend to.
             src_mask: (b, n) boolean, the tokens that take part.
             tgt_mask: (b, m) boolean, what takes part of the context; for a decoder.
