@@ -103,7 +103,7 @@ def bounded(*, device: str) -> Callable[[], float]:
     def run() -> float:
         memformer = model(encoder_only=True).float().to(device)
         generator = torch.Generator().manual_seed(1)
-        mem = None
+        mem: Any = None
         with torch.no_grad():
             memformer.gru.bias_hh[32:64] += 100.0
             for _ in range(500):

@@ -40,7 +40,9 @@ def tokens(*shape: int, device: str, seed: int = 0) -> Tensor:
 
 
 def forward(*, device: str, dtype: str = "float32", writer: str = "") -> Run:
-    model = build(device, dtype=dtype, **({"writer": writer} if writer else {}))
+    # The reference knows one writer.
+    options: dict[str, Any] = {"writer": writer} if writer else {}
+    model = build(device, dtype=dtype, **options)
     src, tgt = (tokens(1, TOKENS, device=device, seed=i) for i in range(2))
 
     def run() -> None:

@@ -81,7 +81,8 @@ def call(model: nn.Module, inputs: Tensors) -> Tensors:
 
 def segments(model: nn.Module, inputs: Tensors) -> Tensors:
     """Three of them, each with the memory that the one before it has left."""
-    mems, found = inputs.get("mems"), {}
+    mems = inputs.get("mems")
+    found: dict[str, Tensor] = {}
     for i, src in enumerate(inputs["src"].split(8, 1)):
         out = model(src, inputs["tgt"], mems)
         mems = out.mem
@@ -101,12 +102,12 @@ def short_mask(model: nn.Module, inputs: Tensors) -> Tensors:
     return {"loss": model(inputs["src"], inputs["tgt"], tgt_mask=mask).dec_out}
 
 
-def replayed(model: nn.Module, inputs: Tensors) -> Tensors:
+def replayed(model: Any, inputs: Tensors) -> Tensors:
     """The gradients that replay leaves, as an output: each side has its own parameters' sums."""
     module = importlib.import_module("memformer")
     model.zero_grad()
     mask = inputs.get("src_mask")
-    model.encoder.max_seq_len = 8  # type: ignore[union-attr]
+    model.encoder.max_seq_len = 8
     module.memory_replay_backprop(model, inputs["src"], inputs["tgt"], src_mask=mask)
     gradients = [p.grad.detach().flatten() for p in model.parameters() if p.grad is not None]
     magnitudes = torch.cat(gradients).abs()

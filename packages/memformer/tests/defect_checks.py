@@ -155,6 +155,14 @@ def check_masked_targets_do_not_count(lib: Library, device: torch.device) -> Non
     assert moved < 1e-6, f"masked targets move the loss by {moved}"
 
 
+def check_a_mask_of_the_inputs_alone_is_not_dropped(lib: Library, device: torch.device) -> None:
+    model = make(lib, device)
+    src, tgt = tokens(1, 8, device=device), tokens(1, 9, device=device)
+    mask = torch.arange(8, device=device)[None] < 4
+    losses = [model(src, tgt, tgt_mask=x).dec_out for x in (mask, torch.ones_like(mask))]
+    assert apart(*losses) > 0.0, "a mask that is one token short has no effect"
+
+
 def check_masked_rows_see_no_future(lib: Library, device: torch.device) -> None:
     model = make(lib, device)
     x, context = tokens(1, 8, device=device), normal(1, 5, 16, device=device)

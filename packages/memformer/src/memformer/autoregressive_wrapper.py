@@ -88,18 +88,19 @@ class AutoregressiveWrapper(nn.Module):
         self, x: Tensor | Sequence[Tensor], mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Inputs, targets and mask; raises what `forward` raises for them."""
+        if getattr(self.net, "legacy", False) and not isinstance(x, Tensor):
+            # The reference pads lists with tokens that count like any other.
+            rows = [[t[:-1] for t in x], [t[1:] for t in x]]
+            padded, targets = (pad_sequence(part, True, self.pad_value) for part in rows)
+            return padded, targets.long(), mask
         inputs, targets, fitted = next_token_pairs(
             x, mask, pad_value=self.pad_value, ignore_index=self.ignore_index
         )
-        if not getattr(self.net, "legacy", False):
-            return inputs, targets, fitted
-        # The reference counts masked targets, and pads lists with tokens like any other.
-        if isinstance(x, Tensor):
-            return inputs, x[:, 1:].long(), fitted
-        rows = [
-            pad_sequence([t[i : len(t) - 1 + i] for t in x], True, self.pad_value) for i in (0, 1)
-        ]
-        return rows[0], rows[1].long(), None
+        if getattr(self.net, "legacy", False) and isinstance(x, Tensor):
+            # It counts masked targets, and drops a mask that is about the inputs alone.
+            whole = mask is not None and mask.shape == x.shape
+            return inputs, x[:, 1:].long(), fitted if whole else None
+        return inputs, targets, fitted
 
     def generate(
         self,
