@@ -40,7 +40,7 @@ def load(*names: str) -> Iterator[ModuleType]:
 
 display, recall, peak, demo = load("recall", "peak")
 
-SMALL = ("--steps", 3, "--batch", 2, "--no-peak")
+SMALL = ("--steps", 3, "--batch", 2, "--asked", 3, "--no-peak")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,7 +100,9 @@ def test_the_plot_goes_where_it_is_wanted(run: Callable[..., Any], tmp_path: Pat
 
 
 def test_minutes_end_it_sooner(run: Callable[..., Any], tmp_path: Path) -> None:
-    status, _, errors = run("--steps", 100000, "--batch", 2, "--no-peak", "--minutes", 0.005)
+    status, _, errors = run(
+        *("--steps", 100000, "--batch", 2, "--asked", 3, "--no-peak", "--minutes", 0.005)
+    )
     assert (status, errors) == (0, "")
     assert json.loads((tmp_path / "out" / "figures.json").read_text())["steps"] < 1000
     status, _, errors = run(*SMALL, "--minutes", 1e-12)
@@ -114,6 +116,7 @@ def test_minutes_end_it_sooner(run: Callable[..., Any], tmp_path: Path) -> None:
         (("--steps", "0"), "--steps"),
         (("--steps", "ten"), "ten"),
         (("--batch", "0"), "--batch"),
+        (("--asked", "0"), "--asked"),
         (("--seed", "-1"), "--seed"),
         (("--minutes", "0"), "--minutes"),
         (("--nonsense",), "--nonsense"),

@@ -63,6 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=number(0), default=0, help="of facts and weights (0)")
     add("--steps", type=number(1), default=1000, help="to train for (1000)")
     add("--batch", type=number(1), default=32, help="sequences of a step (32)")
+    add("--asked", type=number(1), default=512, help="sequences of the examination (512)")
     add("--minutes", type=minutes, default=None, help="to train for at most")
     add(
         "--out",
@@ -152,12 +153,14 @@ def train(options: argparse.Namespace) -> Trained:
 
 def examine(options: argparse.Namespace, trained: Trained) -> Shares:
     with progress(f"reads {max(ASKED)} segments") as tick:
-        return recall.examine(trained.model, options.seed, tick=tick)
+        return recall.examine(trained.model, options.seed, batch=options.asked, tick=tick)
 
 
 def without(options: argparse.Namespace, trained: Trained) -> Shares:
     with progress("reads them without its memory") as tick:
-        return recall.examine(trained.model, options.seed, remember=False, tick=tick)
+        return recall.examine(
+            trained.model, options.seed, batch=options.asked, remember=False, tick=tick
+        )
 
 
 def weigh() -> dict[str, Shares]:
