@@ -17,7 +17,7 @@ import bench_speed
 import torch
 
 SEEDS = range(5)
-STEPS = 1000
+STEPS = 1500
 
 
 def model(**options: Any) -> Any:

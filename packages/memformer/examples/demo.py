@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seed", type=number(0), default=0, help="of facts and weights (0)")
-    add("--steps", type=number(1), default=1000, help="to train for (1000)")
+    add("--steps", type=number(1), default=1500, help="to train for (1500)")
     add("--batch", type=number(1), default=32, help="sequences of a step (32)")
     add("--asked", type=number(1), default=512, help="sequences of the examination (512)")
     add("--minutes", type=minutes, default=None, help="to train for at most")
