@@ -1,0 +1,191 @@
+"""What is measured of memformer; tools/bench.py reads this file.
+
+A model of width 512 with 2 + 2 layers, 8 heads and 128 slots, on one segment of 1024 tokens and a
+target of as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bench_exactness import SEEDS, STEPS, bounded, gradient, growth, held, padding, recalled
+from bench_speed import (
+    DIM,
+    SLOTS,
+    TOKENS,
+    at_once,
+    backward,
+    decode,
+    decode_anew,
+    forward,
+    replay,
+)
+
+from bench_case import Case, Subject, Target
+
+LAST = 16
+
+
+def cases(device: str) -> list[Case]:
+    found = [*passes(), *replays(), *decoding()]
+    if device == "cpu":
+        return [*found, *remembered(), *grown(), *exact(), *recall()]
+    # The bounds are meant for a CPU; elsewhere the quotients alone are shown.
+    return [
+        replace(case, targets=[Target(target.subject, target.per) for target in case.targets])
+        for case in (*found, *remembered())
+    ]
+
+
+def passes() -> Iterator[Case]:
+    for name, run, targets in (
+        ("forward", forward, {"float32": 1.7, "bfloat16": 6.0}),
+        ("forward and backward", backward, {"float32": 1.6, "bfloat16": 5.0}),
+    ):
+        for dtype, target in targets.items():
+            yield Case(
+                f"{name}, {dtype}",
+                "time",
+                [
+                    Subject("ours", run, {"dtype": dtype}),
+                    Subject("reference", run, environment="reference"),
+                ],
+                [Target("reference", per="ours", at_least=target)],
+                note="" if dtype == "float32" else "the reference in float32.",
+            )
+    yield Case(
+        "forward, the paper's writer",
+        "time",
+        [
+            Subject("ours", forward, {"writer": "bmn"}),
+            Subject("ours, GRU", forward),
+        ],
+        [Target("ours", per="ours, GRU")],
+    )
+
+
+def replays() -> Iterator[Case]:
+    for every in (True, False):
+        arguments = {"segments": 4, "every": every}
+        yield Case(
+            f"training step, 4 segments, {'a target each' if every else 'a target for the last'}",
+            "time",
+            [
+                Subject("ours", replay, arguments),
+                Subject("all segments at once", at_once, arguments),
+                *(
+                    []
+                    if every
+                    else [Subject("reference", replay, arguments, environment="reference")]
+                ),
+            ],
+            [
+                Target("ours", per="all segments at once", at_most=1.15 if every else None),
+                *([] if every else [Target("reference", per="ours")]),
+            ],
+            note="ours: replay.",
+        )
+    yield Case(
+        "training step, 64 segments",
+        "time",
+        [Subject("ours", replay, {"segments": 64}, units=64)],
+        note="replay, with a target for the last; for one segment.",
+    )
+
+
+def decoding() -> Iterator[Case]:
+    yield Case(
+        f"decoding a token at {TOKENS}",
+        "time",
+        [
+            Subject("ours", decode, {"length": TOKENS, "last": LAST}, units=LAST),
+            Subject("ours, at 64", decode, {"length": 64, "last": LAST}, units=LAST),
+            Subject("ours, all tokens anew", decode_anew, {"length": TOKENS}),
+            Subject("reference", decode_anew, {"length": TOKENS}, environment="reference"),
+        ],
+        [
+            Target("reference", per="ours", at_least=150),
+            Target("ours, all tokens anew", per="ours"),
+            Target("ours", per="ours, at 64", at_most=1.2),
+        ],
+        note=f"with a context of {TOKENS}. The reference's generation fails, so a pass over all "
+        "tokens stands for it.",
+    )
+
+
+def remembered() -> Iterator[Case]:
+    warm = {"segments": 2, "n": 16}
+    ours = [
+        Subject("ours", replay, {"segments": 8}, warm),
+        Subject("ours, 64 segments", replay, {"segments": 64}, warm),
+    ]
+    yield Case(
+        "peak memory of a training step, 8 segments",
+        "memory",
+        [
+            *ours,
+            Subject("all segments at once", at_once, {"segments": 8}, warm),
+            Subject("reference", replay, {"segments": 8}, warm, environment="reference"),
+        ],
+        [
+            Target("ours", per="reference", at_most=0.25),
+            Target("ours", per="all segments at once", at_most=0.1),
+            Target("ours, 64 segments", per="ours"),
+        ],
+        note="ours: replay. The gradients are among it.",
+    )
+
+
+def grown() -> Iterator[Case]:
+    yield Case(
+        "growth of the peak with a segment, from 8 to 64",
+        "value",
+        [Subject("ours", growth)],
+        [Target("ours", at_most=0.26)],
+        unit="MiB",
+        note=f"a stored memory takes {SLOTS * DIM * 4 / 2**20:.2f} MiB.",
+    )
+
+
+def exact() -> Iterator[Case]:
+    for title, prepare, unit, at_most, note in (
+        ("padded batch against rows alone", padding, "", 1e-12, "outputs and memory, float64."),
+        ("change of the memory by a segment of padding", held, "%", 0.0, ""),
+        (
+            "norm of a slot after 500 segments",
+            bounded,
+            "",
+            6.0,
+            "width 32, with the GRU's gate forced to keep everything.",
+        ),
+    ):
+        yield Case(
+            title,
+            "value",
+            [Subject("ours", prepare), Subject("reference", prepare, environment="reference")],
+            [Target("ours", at_most=at_most)],
+            unit=unit,
+            note=note,
+        )
+    yield Case(
+        "gradients of replay against all segments at once",
+        "value",
+        [Subject("ours", gradient), Subject("reference", gradient, environment="reference")],
+        [Target("ours", at_most=1e-12)],
+        note="relative to the largest of a parameter, float64, 6 segments.",
+    )
+
+
+def recall() -> Iterator[Case]:
+    for segments, bound in ((8, 99.5), (64, 95.0)):
+        yield Case(
+            f"values recalled after {segments} segments",
+            "value",
+            [Subject("ours", recalled, {"segments": segments})],
+            [Target("ours", at_least=bound)],
+            unit="%",
+            lower_is_better=False,
+            note="4 pairs from the first segment, chance 12.5 %; the paper's writer, trained for "
+            f"{STEPS} steps on up to 8 segments; the worst of {len(SEEDS)} seeds.",
+        )

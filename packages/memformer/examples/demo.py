@@ -1,0 +1,190 @@
+"""Asks a memory for facts that it read 64 segments ago, after training on 8.
+
+    nox -s demo -- memformer                 a few minutes on 2 cores
+    nox -s demo -- memformer --seed 1        other facts and weights
+    nox -s demo -- memformer --minutes 1     train for a minute at most
+    nox -s demo -- memformer --plot FILE     where the plot goes
+    nox -s demo -- memformer --out FOLDER    where plot and figures go
+
+The first segment holds 4 keys with their values, all others hold noise. Shows how many values the
+model recalls 8, 16, 32 and 64 segments later, with its memory and without, and what training by
+replay takes in memory beside back-propagation through all segments at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import display
+import peak
+import recall
+from display import INDENT, percent, progress, table
+from recall import ASKED, CHANCE, LENGTH, PAIRS, TRAINED, VALUES, DemoError, Trained
+
+LARGEST = 2**31
+WEIGHED = (2, 4, 8, 16)
+Shares = dict[int, float]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demonstration; returns the exit status."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (DemoError, OSError) as problem:
+        print(f"demo: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    usage, _, rest = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seed", type=number(0), default=0, help="of facts and weights (0)")
+    add("--steps", type=number(1), default=1500, help="to train for (1500)")
+    add("--batch", type=number(1), default=32, help="sequences of a step (32)")
+    add("--asked", type=number(1), default=512, help="sequences of the examination (512)")
+    add("--minutes", type=minutes, default=None, help="to train for at most")
+    add(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="FOLDER",
+        help="for the results (demo-output)",
+    )
+    add("--plot", type=Path, default=None, metavar="FILE", help="for the plot (in --out)")
+    add("--no-peak", action="store_true", help="leave out what training takes in memory")
+    return parser.parse_args(arguments)
+
+
+def number(least: int) -> Any:
+    def convert(text: str) -> int:
+        value = int(text)
+        if not least <= value < LARGEST:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"number from {least}"
+    return convert
+
+
+def minutes(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < LARGEST:
+        raise ValueError
+    return value
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, examines and shows. Raises DemoError for what the user can mend."""
+    start = time.perf_counter()
+    path = options.plot or options.out / "recall.png"
+    for folder in (options.out, path.parent):
+        check_writable(folder)
+    print(f"task      {PAIRS} keys and values in the first of up to {TRAINED} segments of {LENGTH}")
+    print(f"{INDENT}tokens, the rest is noise; asked after each segment", flush=True)
+    trained = train(options)
+    shares = {"with memory": examine(options, trained), "without": without(options, trained)}
+    print()
+    asked = [count for count in ASKED if count >= TRAINED]
+    rows = {name: [percent(found[count]) for count in asked] for name, found in shares.items()}
+    rows["by chance"] = [percent(CHANCE)] * len(asked)
+    table("recalled", [f"{count} segments" for count in asked], rows)
+    peaks = {} if options.no_peak else weigh()
+    figures = {
+        "seed": options.seed,
+        "steps": len(trained.losses),
+        "recalled": shares,
+        "losses": trained.losses,
+        "peaks": peaks,
+    }
+    display.plot(shares, trained.losses, peaks, path)
+    display.write(options.out / "figures.json", json.dumps(figures, indent=2).encode())
+    print(f"plot      {path}")
+    print(f"figures   {options.out / 'figures.json'}")
+    print(f"time      {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
+
+
+def train(options: argparse.Namespace) -> Trained:
+    with progress(f"trains by replay, {options.steps} steps at most") as tick:
+        trained = recall.train(
+            options.seed,
+            options.steps,
+            batch=options.batch,
+            minutes=options.minutes,
+            tick=tick,
+        )
+    if not trained.losses:
+        raise DemoError(f"--minutes {options.minutes} were over before the first step")
+    last = trained.losses[-20:]
+    print(f"trained   {len(trained.losses)} steps in {trained.seconds:.0f} s, ", end="")
+    print(f"loss {sum(last) / len(last):.2f} nats; {VALUES} values, so 1 in {VALUES} by chance")
+    return trained
+
+
+def examine(options: argparse.Namespace, trained: Trained) -> Shares:
+    with progress(f"reads {max(ASKED)} segments") as tick:
+        return recall.examine(trained.model, options.seed, batch=options.asked, tick=tick)
+
+
+def without(options: argparse.Namespace, trained: Trained) -> Shares:
+    with progress("reads them without its memory") as tick:
+        return recall.examine(
+            trained.model, options.seed, batch=options.asked, remember=False, tick=tick
+        )
+
+
+def weigh() -> dict[str, Shares]:
+    """MiB of a training step by way and number of segments; nothing where it cannot be told."""
+    peaks: dict[str, Shares] = {way: {} for way in peak.WAYS}
+    total = len(WEIGHED) * len(peak.WAYS)
+    try:
+        with progress("weighs training steps") as tick:
+            for way in peak.WAYS:
+                for count in WEIGHED:
+                    peaks[way][count] = peak.measure(way, count)
+                    tick(sum(map(len, peaks.values())) / total)
+    except DemoError as problem:
+        print(f"memory    {problem}")
+        return {}
+    print()
+    names = {"replay": "replay", "bptt": "all segments at once"}
+    table(
+        "peak, MiB",
+        [f"{count} segments" for count in WEIGHED],
+        {names[way]: [f"{found[n]:.0f}" for n in WEIGHED] for way, found in peaks.items()},
+    )
+    return peaks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

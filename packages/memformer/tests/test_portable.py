@@ -1,0 +1,128 @@
+"""Compilers, dtypes, files and processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memformer import Decoder, Memformer
+from shared_core.testing import (
+    assert_compiles,
+    assert_data_parallel,
+    assert_exports,
+    assert_hub_round_trip,
+    assert_portable,
+)
+
+if TYPE_CHECKING:
+    from conftest import MakeModel, Tokens
+
+
+class Losses(nn.Module):
+    """A model whose outputs all are floating-point and treat rows apart."""
+
+    def __init__(self, model: Memformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Any:
+        out = self.model(src, tgt, return_logits=True)
+        return out.enc_out, out.mem, out.dec_out
+
+
+def masks(src: Tensor) -> Tensor:
+    return torch.arange(src.shape[1], device=src.device)[None] < torch.tensor(
+        [[src.shape[1]], [2]], device=src.device
+    )
+
+
+def test_compiles(make_model: MakeModel, tokens: Tokens) -> None:
+    model = make_model(enc_depth=1, dec_depth=1).float()
+    src, tgt = tokens(2, 6), tokens(2, 5, seed=2)
+    assert_compiles(model, (src, tgt, None, masks(src)))
+
+
+def test_inductor(device: torch.device) -> None:
+    """One layer: what inductor makes of a whole model takes it minutes."""
+    decoder = Decoder(4, 1, heads=1).to(device)
+    assert_compiles(decoder, (torch.randn(1, 3, 4, device=device),), "inductor")
+
+
+@pytest.mark.slow
+def test_inductor_of_a_whole_model(make_model: MakeModel, tokens: Tokens, writer: str) -> None:
+    model = make_model(enc_depth=1, dec_depth=1, writer=writer).float()
+    assert_compiles(model, (tokens(2, 6), tokens(2, 5, seed=2)), "inductor")
+
+
+def test_compiles_the_other_writer(make_model: MakeModel, tokens: Tokens) -> None:
+    model = make_model(enc_depth=1, dec_depth=1, writer="bmn").float()
+    assert_compiles(model, (tokens(2, 6), tokens(2, 5, seed=2)))
+
+
+def test_exports_any_length(make_model: MakeModel, tokens: Tokens, writer: str) -> None:
+    model = make_model(writer=writer).float().eval()
+    n, t = torch.export.Dim("n", min=2, max=9), torch.export.Dim("t", min=3, max=9)
+    shapes: dict[str, Any] = {
+        "src": {1: n},
+        "tgt": {1: t},
+        "mems": None,
+        "src_mask": {1: n},
+    }
+    src, other = tokens(2, 6), tokens(2, 9, seed=4)
+    given = (src, tokens(2, 5), None, masks(src))
+    assert_exports(model, given, shapes, (other, tokens(2, 7), None, masks(other)))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_portable(
+    settings: dict[str, Any], device: torch.device, tokens: Tokens, legacy: bool
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Losses(Memformer(**settings, legacy=legacy))
+
+    assert_portable(build, (tokens(2, 6), tokens(2, 5, seed=2)), device)
+
+
+def test_portable_with_the_other_writer(
+    settings: dict[str, Any], device: torch.device, tokens: Tokens
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Losses(Memformer(**settings, writer="bmn", tie_embeddings=True))
+
+    assert_portable(build, (tokens(2, 6), tokens(2, 5, seed=2)), device)
+
+
+def build_losses() -> nn.Module:
+    torch.manual_seed(0)
+    model = Memformer(
+        dim=12,
+        num_memory_slots=3,
+        mem_update_attn_heads=3,
+        enc_num_tokens=11,
+        enc_depth=1,
+        enc_heads=2,
+        enc_max_seq_len=9,
+        dec_num_tokens=11,
+        dec_depth=1,
+        dec_heads=3,
+        dec_max_seq_len=9,
+    )
+    return Losses(model)
+
+
+def test_data_parallel() -> None:
+    generator = torch.Generator().manual_seed(1)
+    src, tgt = (torch.randint(11, (4, 6), generator=generator) for _ in range(2))
+    assert_data_parallel(build_losses, (src, tgt), blocks=("model.encoder", "model.decoder"))
+
+
+def test_hub_round_trip(settings: dict[str, Any], tokens: Tokens, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    options = {**settings, "writer": "bmn", "dropout": 0.1}
+    assert_hub_round_trip(Memformer, options, (tokens(2, 6).cpu(), tokens(2, 5).cpu()), tmp_path)
