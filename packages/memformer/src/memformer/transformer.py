@@ -149,10 +149,10 @@ class Blocks(nn.Module):
 
     def by_distance(self, n: int, m: int) -> Tensor:
         """Biases (h, n + m - 1) for n queries, the last of which stands at the last of m keys."""
-        weight = self.rel_pos_emb.relative_attention_bias.weight
-        distances = torch.arange(m - 1, -n, -1, device=weight.device)
-        # As an embedding: its backward pass adds up what belongs to a bucket.
-        return F.embedding(self.rel_pos_emb.buckets(distances), weight).t()
+        device = self.rel_pos_emb.relative_attention_bias.weight.device
+        distances = torch.arange(m - 1, -n, -1, device=device)
+        biases: Tensor = self.rel_pos_emb(distances)
+        return biases.t()
 
     def run(
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
