@@ -64,7 +64,7 @@ class Activations(NamedTuple):
         found: (l, n, b, h * e), what attention found.
         inner: (l, n, b, f), before GEGLU.
         dropped: (l, n, b, f / 2), factors of the feed-forward's dropout; empty without.
-        keys, values: (g, b * h, m + n, e), slots of the memory before and of all tokens.
+        slots: (2, g, b * h, m + n, e), keys and values of the memory before and of all tokens.
         shares: of each segment the attention weights (l, b * h, s, m_k), then its factors of
             dropout where there is some.
     """
@@ -75,8 +75,7 @@ class Activations(NamedTuple):
     found: Tensor
     inner: Tensor
     dropped: Tensor
-    keys: Tensor
-    values: Tensor
+    slots: Tensor
     shares: tuple[Tensor, ...]
 
 
@@ -250,10 +249,10 @@ def forward_pass(
     norm, layers = unflatten(flat, shape)
     weights = lay_out(layers, key_value, shape, transposed=False)
     out = torch.empty_like(x)
-    all_keys, all_values = (x.new_empty(g, b * h, shape.slots + n, e) for _ in range(2))
-    all_keys[:, :, : shape.slots] = keys
-    all_values[:, :, : shape.slots] = values
-    saved = _allocate(shape, x, layers, all_keys, all_values) if save else None
+    slots = x.new_empty(2, g, b * h, shape.slots + n, e)
+    slots[0, :, :, : shape.slots] = keys
+    slots[1, :, :, : shape.slots] = values
+    saved = _allocate(shape, x, layers, slots) if save else None
     shares: list[Tensor] = []
     table = table.repeat(b, 1, 1)
     columns = table.shape[2] - (s if shape.inside else 0)
@@ -263,24 +262,23 @@ def forward_pass(
         tokens = slice(start, start + s)
         bias = table[:, :, columns - (high - low) : columns + (end - high)]
         keep, alive = kept(seen, shape, k)
+        # Of each group what is seen, its keys transposed, and the places of the segment in it.
+        windows = [
+            (slots[0, j, :, low:end].mT, slots[1, j, :, low:end], slots[:, j, :, high:end])
+            for j in range(g)
+        ]
         states = [x[tokens].view(s * b, d)]
         segment_shares, segment_factors = [], []
         for i, layer in enumerate(layers):
-            group = i if g > 1 else 0
+            seen_keys, seen_values, own = windows[i if g > 1 else 0]
             y = states[-1]
             hidden = F.layer_norm(y, (d,), layer.attn_gain, layer.attn_shift)
             projected = product(hidden, weights.joined[i], dtype)
-            by_head = projected.view(s, b * h, width, e).transpose(0, 1)
+            by_head = projected.view(s, b * h, width, e).permute(2, 1, 0, 3)
             if shape.inside:
-                all_keys[group, :, high:end] = by_head[:, :, 1]
-                all_values[group, :, high:end] = by_head[:, :, 2]
+                own.copy_(by_head[1:])
             share, factors, found = _attend(
-                by_head[:, :, 0],
-                all_keys[group, :, low:end],
-                all_values[group, :, low:end],
-                bias,
-                keep,
-                sizes.attn_dropout,
+                by_head[0], seen_keys, seen_values, bias, keep, sizes.attn_dropout
             )
             found = found.transpose(0, 1).reshape(s * b, h * e)
             if end > low:
@@ -311,9 +309,8 @@ def forward_pass(
         mixed = (mix @ stacked.view(len(states), -1)).view(s * b, d)
         if norm is not None:
             mixed = F.layer_norm(mixed, (d,), *norm)
-        both = product(mixed, weights.slot, dtype).view(s, b * h, g, 2, e).permute(2, 1, 0, 3, 4)
-        all_keys[:, :, high : high + s] = both[..., 0, :]
-        all_values[:, :, high : high + s] = both[..., 1, :]
+        both = product(mixed, weights.slot, dtype).view(s, b * h, g, 2, e)
+        slots[:, :, :, high : high + s] = both.permute(3, 2, 1, 0, 4)
         if saved is not None:
             saved.states[:, tokens] = stacked.view(-1, s, b, d)
             shares.append(torch.stack(segment_shares))
@@ -321,11 +318,11 @@ def forward_pass(
                 shares.append(torch.stack(segment_factors))
     if saved is not None:
         saved = saved._replace(shares=tuple(shares))
-    return out, all_keys[:, :, shape.slots :], all_values[:, :, shape.slots :], saved
+    return out, *slots[:, :, :, shape.slots :].unbind(0), saved
 
 
 def _allocate(
-    shape: Shape, x: Tensor, layers: list[LayerWeights], keys: Tensor, values: Tensor
+    shape: Shape, x: Tensor, layers: list[LayerWeights], slots: Tensor
 ) -> Activations:
     sizes = shape.sizes
     n, b, depth, d = shape.tokens, shape.rows, shape.depth, x.shape[2]
@@ -338,8 +335,7 @@ def _allocate(
         x.new_empty(depth, n, b, sizes.inner),
         x.new_empty(depth, n, b, inner),
         x.new_empty(depth, n if sizes.ff_dropout else 0, b, inner // 2),
-        keys,
-        values,
+        slots,
         (),
     )
 
@@ -357,8 +353,8 @@ def _attend(
     keep: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, their factors of dropout, and what queries (b * h, s, e) find."""
-    scores = torch.baddbmm(bias, query, keys.mT)
+    """Weights, their factors of dropout, and what queries (b * h, s, e) find; keys transposed."""
+    scores = torch.baddbmm(bias, query, keys)
     if keep is not None:
         scores.masked_fill_(~keep, torch.finfo(scores.dtype).min)
     share = scores.softmax(-1)

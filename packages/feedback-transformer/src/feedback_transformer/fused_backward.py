@@ -105,8 +105,7 @@ def backward_pass(
     joined = [of_weights.joined(i) for i in range(shape.depth)]
     found: list[Tensor | None] = [
         back.deltas.states[0],
-        back.keys_grad[:, :, :slots],
-        back.values_grad[:, :, :slots],
+        *back.slots_grad[:, :, :, :slots].unbind(0),
         back.table_grad,
         of_weights.key_value(key_value, joined),
         of_weights.mix(),
@@ -134,8 +133,8 @@ class _Back:
         self.shape, self.seen, self.saved, self.norm, self.layers = shape, seen, saved, norm, layers
         self.mix = mix.tolist()
         # Where a segment has its own keys while it is its turn; before it nobody sees them.
-        self.keys, self.values = saved.keys.clone(), saved.values.clone()
-        self.keys_grad, self.values_grad = torch.zeros_like(saved.keys), torch.zeros_like(saved.keys)
+        self.slots = saved.slots.clone()
+        self.slots_grad = torch.zeros_like(saved.slots)
         self.table_grad = torch.zeros_like(table)
         self.attn = [
             Statistics.of(x, layer.attn_gain, layer.attn_shift)
@@ -155,7 +154,7 @@ class _Back:
             self._factors_of_inner(),
             torch.empty_like(saved.middle),
             torch.empty_like(saved.middle),
-            saved.keys.new_empty(shape.tokens, shape.rows, 2 * shape.sizes.groups * shape.sizes.inner),
+            mixed.new_empty(shape.tokens, shape.rows, 2 * shape.sizes.groups * shape.sizes.inner),
             torch.empty_like(mixed),
             torch.empty_like(mixed),
         )
@@ -164,8 +163,8 @@ class _Back:
         """Takes the gradients of the results: states, keys and values of the new slots."""
         out, keys, values = gradients
         self.deltas.states[-1] = out
-        self.keys_grad[:, :, self.shape.slots :] = keys
-        self.values_grad[:, :, self.shape.slots :] = values
+        self.slots_grad[0, :, :, self.shape.slots :] = keys
+        self.slots_grad[1, :, :, self.shape.slots :] = values
 
     def _factors_of_inner(self) -> Tensor:
         """Of GEGLU's input what the gradient of its output is multiplied by, all at once."""
@@ -191,10 +190,14 @@ class _Back:
         factors = self.saved.shares[2 * k + 1] if dropping else None
         scores_grad = torch.empty_like(share)
         found_grad = []
+        windows = [
+            (self.slots[0, j, :, low:end], self.slots[1, j, :, low:end].mT)
+            for j in range(g)
+        ]
         delta = deltas.states[-1, rows].add_(to_mixed, alpha=self.mix[-1]).view(s * b, -1)
         for i in reversed(range(shape.depth)):
             group = i if g > 1 else 0
-            layer = self.layers[i]
+            layer, (keys, values) = self.layers[i], windows[group]
             inner = deltas.inner[i, rows].view(s * b, 2, -1)
             inner.mul_(product(delta, weights.outer[i], dtype)[:, None])
             hidden = product(inner.view(s * b, -1), weights.inner[i], dtype)
@@ -204,23 +207,22 @@ class _Back:
             deltas.middle[i, rows] = middle.view(s, b, -1)
             answer = product(middle, weights.out[i], dtype).view(s, b * h, e).transpose(0, 1)
             found_grad.append(answer)
-            by_head = self.saved.projected[i, rows].view(s, b * h, -1, e).transpose(0, 1)
-            to_head = deltas.projected[i, rows].view(s, b * h, -1, e).transpose(0, 1)
+            by_head = self.saved.projected[i, rows].view(s, b * h, -1, e).permute(2, 1, 0, 3)
+            to_head = deltas.projected[i, rows].view(s, b * h, -1, e).permute(2, 1, 0, 3)
             if shape.inside:
-                self.keys[group, :, high:end] = by_head[:, :, 1]
-                self.values[group, :, high:end] = by_head[:, :, 2]
-            to_share = answer @ self.values[group, :, low:end].mT
+                self.slots[:, group, :, high:end] = by_head[1:]
+            to_share = answer @ values
             dropped = share[i]
             if factors is not None:
                 to_share.mul_(factors[i])
                 dropped = dropped * factors[i]
             to_scores = _softmax_backward(to_share, share[i], -1, share.dtype)
             scores_grad[i] = to_scores
-            to_head[:, :, 0] = to_scores @ self.keys[group, :, low:end]
+            to_head[0] = to_scores @ keys
             if shape.inside:
                 own = slice(high - low, None)
-                to_head[:, :, 1] = to_scores[..., own].mT @ by_head[:, :, 0]
-                to_head[:, :, 2] = dropped[..., own].mT @ answer
+                to_head[1] = to_scores[..., own].mT @ by_head[0]
+                to_head[2] = dropped[..., own].mT @ answer
             hidden = product(deltas.projected[i, rows].view(s * b, -1), weights.joined[i], dtype)
             deltas.attn_hidden[i, rows] = hidden.view(s, b, -1)
             delta = self.attn[i].back(hidden, self.saved.states[i], layer.attn_gain, rows)
@@ -235,9 +237,8 @@ class _Back:
         """The gradient of the memory vectors (s, b, d), whose slots all later segments have seen."""
         shape, s = self.shape, self.shape.sizes.seq_len
         h, e, g, b = shape.sizes.heads, shape.sizes.dim_head, shape.sizes.groups, shape.rows
-        slots = self.deltas.slot[rows].view(s, b * h, g, 2, e).permute(2, 1, 0, 3, 4)
-        slots[..., 0, :] = self.keys_grad[:, :, high : high + s]
-        slots[..., 1, :] = self.values_grad[:, :, high : high + s]
+        slots = self.deltas.slot[rows].view(s, b * h, g, 2, e).permute(3, 2, 1, 0, 4)
+        slots.copy_(self.slots_grad[:, :, :, high : high + s])
         delta = product(self.deltas.slot[rows].flatten(0, 1), weights.slot, shape.matrix_dtype)
         delta = delta.view(s, b, -1)
         if self.mixed is not None and self.norm is not None:
@@ -277,9 +278,8 @@ class _Back:
             return x.flatten(0, 1) if g > 1 else x.transpose(0, 1).flatten(1, 2)
 
         seen = slice(0, high - low)
-        for grad, left, right in (
-            (self.keys_grad, scores_grad, query),
-            (self.values_grad, dropped, found_grad),
+        for grad, left, right in zip(
+            self.slots_grad, (scores_grad, dropped), (query, found_grad), strict=True
         ):
             added = rows(left[..., seen]).mT @ rows(right)
             grad[:, :, low:high] += added.view(g, b * h, high - low, e)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FULL = 4
+"""Fewer rows than these take longer, and are filled up."""
 LARGEST = 64
 """Rows up to which a packed weight is faster."""
 
@@ -18,17 +20,18 @@ LARGEST = 64
 class Packed:
     """A constant matrix (out, in) that rows (..., in) are multiplied by, as `linear` does."""
 
-    def __init__(self, weight: Tensor, rows: int) -> None:
-        """Lays a weight out for about so many rows; it must not change afterwards."""
-        self._outer: int = weight.shape[0]
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    def __init__(self, weight: Tensor) -> None:
+        """Lays a weight out; it must not change afterwards."""
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FULL)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out), without gradients."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.detach().reshape(-1, x.shape[-1]), self._packed, bias, "none", [], ""
-        )
-        return out.view(*x.shape[:-1], self._outer)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        rows = flat.shape[0]
+        if rows < FULL:
+            flat = F.pad(flat, (0, 0, 0, FULL - rows))
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._packed, bias, "none", [], "")
+        return out[:rows].view(*x.shape[:-1], -1)
 
 
 Matrix = Tensor | Packed
@@ -50,7 +53,7 @@ def can_pack(weight: Tensor, rows: int) -> bool:
 
 def pack(weight: Tensor, rows: int) -> Matrix:
     """The weight in the layout that suits so many rows; itself where none suits better."""
-    return Packed(weight, rows) if can_pack(weight, rows) else weight.detach()
+    return Packed(weight) if can_pack(weight, rows) else weight.detach()
 
 
 def multiply(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
