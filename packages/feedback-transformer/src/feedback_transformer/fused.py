@@ -84,6 +84,7 @@ def can_fuse(x: Tensor, weights: Weights) -> bool:
     return (
         not torch.compiler.is_compiling()
         and weights.context is None
+        and x.numel() > 0
         and x.device.type != "meta"
         and isinstance(weights.key_value, Tensor)
     )
