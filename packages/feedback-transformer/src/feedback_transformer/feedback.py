@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from feedback_transformer.packing import Matrix, multiply
 from feedback_transformer.state import Memory
@@ -96,15 +96,18 @@ def bias_table(positions: RelativePositionBias, s: int, m: int) -> Tensor:
     Slots are right-aligned: fewer of them are a window that begins later. Segments of one token see
     the memory alone, (h, 1, m).
     """
-    if s == 1:
-        return positions(1, m, first=m)
-    future = torch.ones(s, m + s, dtype=torch.bool, device=_device(positions)).triu(m + 1)
-    table: Tensor = positions(s, m + s)
-    return table.masked_fill(future, float("-inf"))
+    inside = s if s > 1 else 0
+    device = positions.relative_attention_bias.weight.device
+    places = torch.arange(m, m + s, device=device)[:, None]
+    # By indices and not by a window over all distances: its width would be fixed in a graph.
+    distances = places - torch.arange(m + inside, device=device)
+    table: Tensor = positions.relative_attention_bias(positions.buckets(distances))
+    return table.permute(2, 0, 1).masked_fill(distances < 0, float("-inf"))
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def beyond(m: int, most: int) -> int:
+    """How many of m are more than `most`: by a comparison, which a graph can settle for good."""
+    return m - most if m > most else 0
 
 
 def split_heads(x: Tensor, sizes: Sizes) -> Tensor:
@@ -134,8 +137,8 @@ def attend(
         keep: (b, 1, 1, m) boolean, or None.
 
     Returns:
-        (b, n, h * e), 0 where there is nothing to attend to, and (b, n, 1) where there is something,
-        or None for everywhere.
+        (b, n, h * e), 0 where there is nothing to attend to, and (b, n, 1) where there is
+        something, or None for everywhere.
     """
     scores = torch.cat([query @ part.mT for part in keys], -1)
     if bias is not None:
@@ -217,6 +220,11 @@ class Window(NamedTuple):
     def open_length(self) -> int:
         return self.layer_keys.shape[3]
 
+    def most_slots(self, n: int, sizes: Sizes) -> int:
+        """The most slots that any of n tokens will see."""
+        m, p = self.keys.shape[3], self.open_length
+        return m if p + n <= sizes.seq_len else min(m + p + n, sizes.mem_len)
+
     @staticmethod
     def of(memory: Memory | None, like: Tensor, layers: int, sizes: Sizes) -> Window:
         """From a memory, or an empty one for the rows of `like` (b, n, d)."""
@@ -227,7 +235,7 @@ class Window(NamedTuple):
             return Window(slots, slots, slots, slots, none, none, None)
         p = memory.open_length
         m = memory.keys.shape[1] - p
-        first = max(0, m - sizes.mem_len)
+        first = beyond(m, sizes.mem_len)
         both = [split_heads(x[:, first:].to(like), sizes) for x in (memory.keys, memory.values)]
         if memory.layer_keys is None or memory.layer_values is None:
             none = like.new_zeros(layers, b, sizes.heads, 0, sizes.dim_head)
@@ -258,7 +266,7 @@ class Window(NamedTuple):
     def close(self, mem_len: int) -> Window:
         """Moves the slots of the open segment into the memory, which keeps the last `mem_len`."""
         m = self.keys.shape[3] + self.new_keys.shape[3]
-        first = max(0, m - mem_len)
+        first = beyond(m, mem_len)
         keys = torch.cat((self.keys, self.new_keys), 3)[..., first:, :]
         values = torch.cat((self.values, self.new_values), 3)[..., first:, :]
         mask = None if self.mask is None else self.mask[:, first:]

@@ -217,7 +217,7 @@ def kept(seen: Tensor | None, shape: Shape, k: int) -> tuple[Tensor | None, Tens
 
     None where all is seen; the second alone is there where there is nothing to see.
     """
-    start, low, high, end = shape.spans(k)
+    _, low, high, end = shape.spans(k)
     s, h = shape.sizes.seq_len, shape.sizes.heads
     if seen is None:
         return None, None
@@ -243,7 +243,7 @@ def forward_pass(
     *,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Activations | None]:
-    """States (n, b, d) of the last layer, slots' keys and values, and activations if to be saved."""
+    """States (n, b, d) of the last layer, keys and values of slots, and activations if wanted."""
     sizes, n, b, d = shape.sizes, shape.tokens, shape.rows, x.shape[2]
     s, h, e, g = sizes.seq_len, sizes.heads, sizes.dim_head, sizes.groups
     dtype, width = shape.matrix_dtype, (3 if shape.inside else 1)
@@ -322,9 +322,7 @@ def forward_pass(
     return out, *slots[:, :, :, shape.slots :].unbind(0), saved
 
 
-def _allocate(
-    shape: Shape, x: Tensor, layers: list[LayerWeights], slots: Tensor
-) -> Activations:
+def _allocate(shape: Shape, x: Tensor, layers: list[LayerWeights], slots: Tensor) -> Activations:
     sizes = shape.sizes
     n, b, depth, d = shape.tokens, shape.rows, shape.depth, x.shape[2]
     inner = matrix(layers[0].inner).shape[0]

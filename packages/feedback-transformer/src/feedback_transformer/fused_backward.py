@@ -101,7 +101,7 @@ def backward_pass(
     for k in reversed(range(shape.segments)):
         back.segment(k, weights)
     slots = shape.slots
-    of_weights = _Parameters(shape, seen, saved, back, mix, norm, layers)
+    of_weights = _Parameters(shape, seen, saved, back, layers)
     joined = [of_weights.joined(i) for i in range(shape.depth)]
     found: list[Tensor | None] = [
         back.deltas.states[0],
@@ -191,8 +191,7 @@ class _Back:
         scores_grad = torch.empty_like(share)
         found_grad = []
         windows = [
-            (self.slots[0, j, :, low:end], self.slots[1, j, :, low:end].mT)
-            for j in range(g)
+            (self.slots[0, j, :, low:end], self.slots[1, j, :, low:end].mT) for j in range(g)
         ]
         delta = deltas.states[-1, rows].add_(to_mixed, alpha=self.mix[-1]).view(s * b, -1)
         for i in reversed(range(shape.depth)):
@@ -226,15 +225,15 @@ class _Back:
             hidden = product(deltas.projected[i, rows].view(s * b, -1), weights.joined[i], dtype)
             deltas.attn_hidden[i, rows] = hidden.view(s, b, -1)
             delta = self.attn[i].back(hidden, self.saved.states[i], layer.attn_gain, rows)
-            delta = delta.view(s * b, -1).add_(middle).add_(
-                to_mixed.view(s * b, -1), alpha=self.mix[i]
+            delta = (
+                delta.view(s * b, -1).add_(middle).add_(to_mixed.view(s * b, -1), alpha=self.mix[i])
             )
             deltas.states[i, rows] = delta.view(s, b, -1)
         found_grad.reverse()
         self._memory_back(k, share, factors, scores_grad, torch.stack(found_grad))
 
     def _slots_back(self, rows: slice, high: int, weights: Matrices) -> Tensor:
-        """The gradient of the memory vectors (s, b, d), whose slots all later segments have seen."""
+        """The gradient of memory vectors (s, b, d), whose slots all later segments have seen."""
         shape, s = self.shape, self.shape.sizes.seq_len
         h, e, g, b = shape.sizes.heads, shape.sizes.dim_head, shape.sizes.groups, shape.rows
         slots = self.deltas.slot[rows].view(s, b * h, g, 2, e).permute(3, 2, 1, 0, 4)
@@ -294,8 +293,6 @@ class _Parameters:
         seen: Tensor | None,
         saved: Activations,
         back: _Back,
-        mix: Tensor,
-        norm: tuple[Tensor, Tensor] | None,
         layers: list[LayerWeights],
     ) -> None:
         self.shape, self.seen, self.saved, self.back, self.layers = shape, seen, saved, back, layers

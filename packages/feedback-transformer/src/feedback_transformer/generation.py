@@ -27,7 +27,12 @@ class Stepper:
         sizes: Sizes,
         context: list[Context] | None,
     ) -> None:
-        self._embed, self._positions, self._norm, self._to_logits = embed, positions, norm, to_logits
+        self._embed, self._positions, self._norm, self._to_logits = (
+            embed,
+            positions,
+            norm,
+            to_logits,
+        )
         self._weights, self._sizes, self._context = weights, sizes, context
         self._laid_out: Weights | None = None
         self._logits: Matrix = to_logits.weight

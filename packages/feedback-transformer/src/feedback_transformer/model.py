@@ -198,8 +198,7 @@ class FeedbackTransformer(nn.Module):
             states, left = run_legacy(states, weights, sizes, self.pos_emb, given)
         else:
             window = Window.of(given, states, self.depth, sizes)
-            m = window.keys.shape[3] + window.open_length + x.shape[1]
-            table = bias_table(self.pos_emb, self.seq_len, min(m, self.mem_len))
+            table = bias_table(self.pos_emb, self.seq_len, window.most_slots(x.shape[1], sizes))
             contexts = self._contexts(context, context_mask)
             jacobi = solver == "jacobi" and not torch.is_grad_enabled()
             run = Run(weights, sizes, table, contexts, jacobi)
