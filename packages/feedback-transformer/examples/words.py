@@ -21,9 +21,9 @@ from feedback_transformer import FeedbackTransformer
 from shared_core import FeedForward, RelativePositionBias
 
 DIM, DEPTH, HEADS = 32, 2, 4
-MEMORY = 4
+MEMORY = 2
 ROWS = 64
-RATE = 3e-3
+RATE = 4e-3
 PERMUTATIONS = list(itertools.permutations(range(3)))
 
 Tick = Callable[[float], None]

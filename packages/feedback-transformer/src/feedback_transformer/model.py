@@ -336,6 +336,8 @@ class FeedbackTransformer(nn.Module):
         """What generates: a step with weights that are laid out for it."""
         if self.legacy:
             raise ValueError("legacy=True cannot generate: its answers depend on how it is fed")
+        if prompt.is_floating_point():
+            raise TypeError(f"prompt must hold integer tokens, got {prompt.dtype}")
         check_input(prompt, self.dim, self.num_tokens)
         check_context(context, context_mask, self.dim_context, prompt.shape[0])
         with torch.no_grad():
