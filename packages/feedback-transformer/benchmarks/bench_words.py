@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 SEEDS = range(5)
-LENGTH, STEPS = 16, 600
+LENGTH, STEPS = 16, 500
 
 
 def _words() -> ModuleType:

@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="for the results (demo-output)",
     )
     add("--length", type=number(2, 1000), default=16, help="of the words to train on (16)")
-    add("--steps", type=number(1), default=600, help="to train for (600)")
+    add("--steps", type=number(1), default=500, help="to train for (500)")
     return parser.parse_args(arguments)
 
 

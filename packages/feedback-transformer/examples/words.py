@@ -21,7 +21,7 @@ from feedback_transformer import FeedbackTransformer
 from shared_core import FeedForward, RelativePositionBias
 
 DIM, DEPTH, HEADS = 32, 2, 4
-MEMORY = 2
+MEMORY = 1
 ROWS = 64
 RATE = 4e-3
 PERMUTATIONS = list(itertools.permutations(range(3)))

@@ -247,8 +247,8 @@ class Window(NamedTuple):
             ]
         m -= first
         mask = None if memory.mask is None else memory.mask[:, first:]
-        closed, fresh = zip(*(x.split([m, p], 3) for x in both), strict=True)
-        return Window(*closed, *fresh, *inside, mask)
+        (keys, new_keys), (values, new_values) = (x.split([m, p], 3) for x in both)
+        return Window(keys, values, new_keys, new_values, inside[0], inside[1], mask)
 
     def detach(self) -> Window:
         """Cuts the graph behind the slots and the open segment."""
@@ -260,8 +260,10 @@ class Window(NamedTuple):
         if self.open_length == 0:
             return Memory(join_heads(keys), join_heads(values), None, None, self.mask)
         keys, values = torch.cat((keys, self.new_keys), 3), torch.cat((values, self.new_values), 3)
-        inside = (x.permute(1, 0, 3, 2, 4).flatten(3) for x in (self.layer_keys, self.layer_values))
-        return Memory(join_heads(keys), join_heads(values), *inside, self.mask)
+        own_keys, own_values = (
+            x.permute(1, 0, 3, 2, 4).flatten(3) for x in (self.layer_keys, self.layer_values)
+        )
+        return Memory(join_heads(keys), join_heads(values), own_keys, own_values, self.mask)
 
     def close(self, mem_len: int) -> Window:
         """Moves the slots of the open segment into the memory, which keeps the last `mem_len`."""
@@ -386,7 +388,7 @@ def _project(
 
 def slots(states: list[Tensor], weights: Weights) -> Tensor:
     """Keys and values (b, n, g * 2 * h * e) of the memory's slots of tokens (equations 3 and 5)."""
-    mixed = torch.stack(states, -1) @ weights.mix.to(states[-1].dtype)
+    mixed = (torch.stack(states) * weights.mix.to(states[-1].dtype).view(-1, 1, 1, 1)).sum(0)
     if weights.memory_norm is not None:
         mixed = F.layer_norm(mixed, mixed.shape[-1:], *weights.memory_norm)
     return multiply(mixed, weights.key_value)

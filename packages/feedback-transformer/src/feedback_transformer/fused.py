@@ -22,8 +22,8 @@ from torch import Tensor
 from feedback_transformer.feedback import LayerWeights, Sizes, Weights, Window, run_piece
 from feedback_transformer.packing import Matrix, multiply, pack
 
-FEWEST = 6
-"""Segments from which on it pays to lay out weights for them."""
+FEWEST, FEWEST_BACK = 6, 16
+"""Segments from which on it pays to lay out weights for them, and to transpose them for that."""
 
 
 class Shape(NamedTuple):
@@ -113,7 +113,7 @@ def run_fused(
     shape = Shape(sizes, depth, b, n, m, norm is not None, matrix_dtype)
     flat = [tensor for layer in weights.layers for tensor in layer]
     with torch.autocast(x.device.type, enabled=False):
-        found = _Recurrence.apply(
+        found = _Recurrence.apply(  # type: ignore[no-untyped-call]
             shape,
             seen,
             x.transpose(0, 1).contiguous(),
@@ -170,10 +170,11 @@ def lay_out(
     def place(weight: Tensor) -> Matrix:
         weight = weight.detach().to(shape.matrix_dtype)
         weight = weight.t() if transposed else weight
-        return pack(weight, rows) if shape.segments >= FEWEST else weight
+        fewest = FEWEST_BACK if transposed else FEWEST
+        return pack(weight, rows) if shape.segments >= fewest else weight
 
     def joined(i: int, layer: LayerWeights) -> Tensor:
-        query = matrix(layer.query).view(h, 1, e, -1) * e**-0.5
+        query: Tensor = matrix(layer.query).view(h, 1, e, -1) * e**-0.5
         if not shape.inside:
             return query.flatten(0, 2)
         own = by_group[i if g > 1 else 0].transpose(0, 1)
@@ -319,7 +320,7 @@ def forward_pass(
                 shares.append(torch.stack(segment_factors))
     if saved is not None:
         saved = saved._replace(shares=tuple(shares))
-    return out, *slots[:, :, :, shape.slots :].unbind(0), saved
+    return out, slots[0, :, :, shape.slots :], slots[1, :, :, shape.slots :], saved
 
 
 def _allocate(shape: Shape, x: Tensor, layers: list[LayerWeights], slots: Tensor) -> Activations:
@@ -395,7 +396,7 @@ class _Recurrence(torch.autograd.Function):
             found = _differentiable(ctx.shape, seen, inputs, gradients, needed)
         else:
             fields = len(Activations._fields) - 1
-            saved = Activations(*rest[:fields], tuple(rest[fields:]))
+            saved = Activations(*rest[:fields], shares=tuple(rest[fields:]))  # type: ignore[misc]
             with torch.autocast(gradients[0].device.type, enabled=False):
                 found = backward_pass(ctx.shape, seen, inputs, saved, gradients)
         return None, None, *found

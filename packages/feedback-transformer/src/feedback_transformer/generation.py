@@ -82,12 +82,11 @@ def lay_out_for_steps(weights: Weights, sizes: Sizes, rows: int) -> Weights:
         if isinstance(query, Tensor):
             both = torch.cat((query, own)) if sizes.seq_len > 1 else query
             joined.append(pack(both, rows))
-        matrices = {
-            name: pack(weight, rows)
-            for name in ("out", "inner", "outer")
-            if isinstance(weight := getattr(layer, name), Tensor)
-        }
-        layers.append(layer._replace(**matrices))
+        out, inner_one, outer = (
+            pack(weight, rows) if isinstance(weight, Tensor) else weight
+            for weight in (layer.out, layer.inner, layer.outer)
+        )
+        layers.append(layer._replace(out=out, inner=inner_one, outer=outer))
     return weights._replace(
         layers=tuple(layers), key_value=pack(key_value, rows), joined=tuple(joined)
     )

@@ -22,6 +22,7 @@ from feedback_transformer.checks import (
 )
 from feedback_transformer.feedback import (
     Context,
+    ContextWeights,
     Sizes,
     Weights,
     Window,
@@ -286,17 +287,22 @@ class FeedbackTransformer(nn.Module):
             # A gradient of 0, not none, as data parallelism wants it.
             mix = mix * 0.0
             mix = torch.cat((mix[:-1], mix[-1:] + 1.0))
-        layers = [layer.weights() for layer in self.layers]
-        cross = [layer.cross.weights() for layer in self.layers if layer.cross is not None]
         norm = self.memory_norm
         return Weights(
-            tuple(layers),
+            tuple(layer.weights() for layer in self._layers()),
             self.to_kv.weight,
             mix,
             None if norm is None else (norm.weight, norm.bias),
             None,
-            tuple(cross) or None,
+            self._cross() or None,
         )
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def _cross(self) -> tuple[ContextWeights, ...]:
+        """What the layers attend to a context with; nothing where there is none."""
+        return tuple(layer.cross.weights() for layer in self._layers() if layer.cross is not None)
 
     def _sizes(self, training: bool | None = None) -> Sizes:
         training = self.training if training is None else training
@@ -317,8 +323,7 @@ class FeedbackTransformer(nn.Module):
     def _contexts(self, context: Tensor | None, mask: Tensor | None) -> list[Context] | None:
         if context is None:
             return None
-        crosses = [layer.cross.weights() for layer in self.layers if layer.cross is not None]
-        return [context_keys(context, weights, self.heads, mask) for weights in crosses]
+        return [context_keys(context, weights, self.heads, mask) for weights in self._cross()]
 
     def _gather(self) -> None:
         """Has parts that FSDP2 shards on their own hold all of their weights.

@@ -43,7 +43,8 @@ def run(
         shares = torch.zeros_like(shares)
         shares[-1] = 1.0
     groups = depth if p["to_kv.weight"].shape[0] > 2 * p["layers.0.to_q.weight"].shape[0] else 1
-    outputs, memory = [], []
+    outputs: list[list[Tensor]] = []
+    memory: list[Tensor] = []
     for t in range(n):
         begin = t - t % seq_len
         # The segment's tokens each have their own keys in each layer; the past has its slots.
