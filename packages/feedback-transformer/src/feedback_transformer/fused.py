@@ -60,7 +60,8 @@ class Activations(NamedTuple):
     Attributes:
         states: (l + 1, n, b, d), the input of every layer, and the output.
         middle: (l, n, b, d), between attention and feed-forward.
-        projected: (l, n, b, h * k * e), queries, and with them keys and values, by heads: k = 3.
+        query: (l, n, b, h * e).
+        own: (l, n, b, h * 2 * e), keys and values inside the segment; empty where it has one token.
         found: (l, n, b, h * e), what attention found.
         inner: (l, n, b, f), before GEGLU.
         dropped: (l, n, b, f / 2), factors of the feed-forward's dropout; empty without.
@@ -71,7 +72,8 @@ class Activations(NamedTuple):
 
     states: Tensor
     middle: Tensor
-    projected: Tensor
+    query: Tensor
+    own: Tensor
     found: Tensor
     inner: Tensor
     dropped: Tensor
@@ -111,20 +113,21 @@ def run_fused(
     depth = len(weights.layers)
     norm = weights.memory_norm
     shape = Shape(sizes, depth, b, n, m, norm is not None, matrix_dtype)
-    flat = [tensor for layer in weights.layers for tensor in layer]
+    tensors = (
+        x.transpose(0, 1).contiguous(),
+        window.keys.flatten(1, 2),
+        window.values.flatten(1, 2),
+        table,
+        matrix(weights.key_value),
+        weights.mix.to(x.dtype),
+    )
+    flat = (*(norm or ()), *(tensor for layer in weights.layers for tensor in map(matrix, layer)))
     with torch.autocast(x.device.type, enabled=False):
-        found = _Recurrence.apply(  # type: ignore[no-untyped-call]
-            shape,
-            seen,
-            x.transpose(0, 1).contiguous(),
-            window.keys.flatten(1, 2),
-            window.values.flatten(1, 2),
-            table,
-            weights.key_value,
-            weights.mix.to(x.dtype),
-            *(norm or ()),
-            *flat,
-        )
+        # Inside of the function it would not be known that nobody wants gradients.
+        if torch.is_grad_enabled():
+            found = _Recurrence.apply(shape, seen, *tensors, *flat)  # type: ignore[no-untyped-call]
+        else:
+            found = forward_pass(shape, seen, *tensors, flat, save=False)[:3]
     out, keys, values = found
     new = (y.unflatten(1, (b, sizes.heads)) for y in (keys, values))
     window = window._replace(
@@ -146,12 +149,14 @@ class Matrices(NamedTuple):
     """The matrices of the recurrence, (out, in), for one direction.
 
     Attributes:
-        joined: of each layer, rows ordered by heads: h, then query, key and value, then e.
-        out, inner, outer: of each layer.
-        slot: rows ordered by heads: h, then groups, then key and value, then e.
+        query, out, inner, outer: of each layer.
+        own: of each group, rows ordered by heads: h, then key and value, then e.
+        slot: rows ordered by heads: h, then groups, then key and value, then e. With one group
+            it is `own`, so that it stays in a cache.
     """
 
-    joined: tuple[Matrix, ...]
+    query: tuple[Matrix, ...]
+    own: tuple[Matrix, ...]
     out: tuple[Matrix, ...]
     inner: tuple[Matrix, ...]
     outer: tuple[Matrix, ...]
@@ -173,19 +178,17 @@ def lay_out(
         fewest = FEWEST_BACK if transposed else FEWEST
         return pack(weight, rows) if shape.segments >= fewest else weight
 
-    def joined(i: int, layer: LayerWeights) -> Tensor:
-        query: Tensor = matrix(layer.query).view(h, 1, e, -1) * e**-0.5
-        if not shape.inside:
-            return query.flatten(0, 2)
-        own = by_group[i if g > 1 else 0].transpose(0, 1)
-        return torch.cat((query, own), 1).flatten(0, 2)
-
+    slot = place(by_group.permute(2, 0, 1, 3, 4).flatten(0, 3))
+    own: tuple[Matrix, ...] = (slot,)
+    if g > 1:
+        own = tuple(place(group.transpose(0, 1).flatten(0, 2)) for group in by_group)
     return Matrices(
-        tuple(place(joined(i, layer)) for i, layer in enumerate(layers)),
+        tuple(place(matrix(layer.query)) for layer in layers),
+        own if shape.inside else (),
         tuple(place(matrix(layer.out)) for layer in layers),
         tuple(place(matrix(layer.inner)) for layer in layers),
         tuple(place(matrix(layer.outer)) for layer in layers),
-        place(by_group.permute(2, 0, 1, 3, 4).flatten(0, 3)),
+        slot,
     )
 
 
@@ -247,7 +250,7 @@ def forward_pass(
     """States (n, b, d) of the last layer, keys and values of slots, and activations if wanted."""
     sizes, n, b, d = shape.sizes, shape.tokens, shape.rows, x.shape[2]
     s, h, e, g = sizes.seq_len, sizes.heads, sizes.dim_head, sizes.groups
-    dtype, width = shape.matrix_dtype, (3 if shape.inside else 1)
+    dtype = shape.matrix_dtype
     norm, layers = unflatten(flat, shape)
     weights = lay_out(layers, key_value, shape, transposed=False)
     out = torch.empty_like(x)
@@ -272,23 +275,25 @@ def forward_pass(
         states = [x[tokens].view(s * b, d)]
         segment_shares, segment_factors = [], []
         for i, layer in enumerate(layers):
-            seen_keys, seen_values, own = windows[i if g > 1 else 0]
+            group = i if g > 1 else 0
+            seen_keys, seen_values, places = windows[group]
             y = states[-1]
             hidden = F.layer_norm(y, (d,), layer.attn_gain, layer.attn_shift)
-            projected = product(hidden, weights.joined[i], dtype)
-            by_head = projected.view(s, b * h, width, e).permute(2, 1, 0, 3)
+            query = product(hidden, weights.query[i], dtype)
             if shape.inside:
-                own.copy_(by_head[1:])
+                own = product(hidden, weights.own[group], dtype)
+                places.copy_(own.view(s, b * h, 2, e).permute(2, 1, 0, 3))
+            by_head = query.view(s, b * h, e).transpose(0, 1)
             share, factors, found = _attend(
-                by_head[0], seen_keys, seen_values, bias, keep, sizes.attn_dropout
+                by_head, seen_keys, seen_values, bias, keep, sizes.attn_dropout
             )
             found = found.transpose(0, 1).reshape(s * b, h * e)
-            if end > low:
-                added = product(found, weights.out[i], dtype)
-                shift = layer.out_bias if alive is None else alive.reshape(-1, 1) * layer.out_bias
-                middle = y + added.add_(shift)
-            else:
-                middle = y
+            middle = y
+            if alive is not None:
+                shift = alive.reshape(-1, 1) * layer.out_bias
+                middle = product(found, weights.out[i], dtype).add_(shift).add_(y)
+            elif end > low:
+                middle = product(found, weights.out[i], dtype, layer.out_bias).add_(y)
             hidden = F.layer_norm(middle, (d,), layer.ff_gain, layer.ff_shift)
             inner = product(hidden, weights.inner[i], dtype, layer.inner_bias)
             half = inner.shape[1] // 2
@@ -296,9 +301,11 @@ def forward_pass(
             if sizes.ff_dropout:
                 factor = _factors(active, sizes.ff_dropout)
                 active.mul_(factor)
-            states.append(middle + product(active, weights.outer[i], dtype, layer.outer_bias))
+            states.append(product(active, weights.outer[i], dtype, layer.outer_bias).add_(middle))
             if saved is not None:
-                saved.projected[i, tokens].view(s * b, -1).copy_(projected)
+                saved.query[i, tokens].view(s * b, -1).copy_(query)
+                if shape.inside:
+                    saved.own[i, tokens].view(s * b, -1).copy_(own)
                 saved.found[i, tokens].view(s * b, -1).copy_(found)
                 saved.middle[i, tokens].view(s * b, d).copy_(middle)
                 saved.inner[i, tokens].view(s * b, -1).copy_(inner)
@@ -327,11 +334,11 @@ def _allocate(shape: Shape, x: Tensor, layers: list[LayerWeights], slots: Tensor
     sizes = shape.sizes
     n, b, depth, d = shape.tokens, shape.rows, shape.depth, x.shape[2]
     inner = matrix(layers[0].inner).shape[0]
-    width = sizes.inner * (3 if shape.inside else 1)
     return Activations(
         x.new_empty(depth + 1, n, b, d),
         x.new_empty(depth, n, b, d),
-        x.new_empty(depth, n, b, width),
+        x.new_empty(depth, n, b, sizes.inner),
+        x.new_empty(depth, n if shape.inside else 0, b, 2 * sizes.inner),
         x.new_empty(depth, n, b, sizes.inner),
         x.new_empty(depth, n, b, inner),
         x.new_empty(depth, n if sizes.ff_dropout else 0, b, inner // 2),
@@ -354,7 +361,7 @@ def _attend(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, their factors of dropout, and what queries (b * h, s, e) find; keys transposed."""
-    scores = torch.baddbmm(bias, query, keys)
+    scores = torch.baddbmm(bias, query, keys, alpha=query.shape[-1] ** -0.5)
     if keep is not None:
         scores.masked_fill_(~keep, torch.finfo(scores.dtype).min)
     share = scores.softmax(-1)

@@ -66,7 +66,8 @@ class Deltas(NamedTuple):
     Attributes:
         states: (l + 1, n, b, d), of the input of every layer, and of the output.
         middle: (l, n, b, d).
-        projected: (l, n, b, h * k * e).
+        query: (l, n, b, h * e).
+        own: (l, n, b, h * 2 * e), keys and values inside segments; empty where they have one token.
         inner: (l, n, b, f); before a segment's turn what its gradient is multiplied by.
         attn_hidden, ff_hidden: (l, n, b, d), of what the norms have made.
         slot: (n, b, h * g * 2 * e).
@@ -75,7 +76,8 @@ class Deltas(NamedTuple):
 
     states: Tensor
     middle: Tensor
-    projected: Tensor
+    query: Tensor
+    own: Tensor
     inner: Tensor
     attn_hidden: Tensor
     ff_hidden: Tensor
@@ -102,18 +104,17 @@ def backward_pass(
         back.segment(k, weights)
     slots = shape.slots
     of_weights = _Parameters(shape, seen, saved, back, layers)
-    joined = [of_weights.joined(i) for i in range(shape.depth)]
     found: list[Tensor | None] = [
         back.deltas.states[0],
         *back.slots_grad[:, :, :, :slots].unbind(0),
         back.table_grad,
-        of_weights.key_value(key_value, joined),
+        of_weights.key_value(key_value),
         of_weights.mix(),
     ]
     if norm is not None and back.mixed is not None:
         found += back.mixed.parameters(back.deltas.normed, of_weights.mixed, *norm)
     for i in range(shape.depth):
-        found += of_weights.layer(i, joined[i])
+        found += of_weights.layer(i)
     return found
 
 
@@ -150,7 +151,8 @@ class _Back:
         self.deltas = Deltas(
             torch.empty_like(saved.states),
             torch.empty_like(saved.middle),
-            torch.empty_like(saved.projected),
+            torch.empty_like(saved.query),
+            torch.empty_like(saved.own),
             self._factors_of_inner(),
             torch.empty_like(saved.middle),
             torch.empty_like(saved.middle),
@@ -206,23 +208,26 @@ class _Back:
             deltas.middle[i, rows] = middle.view(s, b, -1)
             answer = product(middle, weights.out[i], dtype).view(s, b * h, e).transpose(0, 1)
             found_grad.append(answer)
-            by_head = self.saved.projected[i, rows].view(s, b * h, -1, e).permute(2, 1, 0, 3)
-            to_head = deltas.projected[i, rows].view(s, b * h, -1, e).permute(2, 1, 0, 3)
+            query = self.saved.query[i, rows].view(s, b * h, e).transpose(0, 1)
             if shape.inside:
-                self.slots[:, group, :, high:end] = by_head[1:]
+                own = self.saved.own[i, rows].view(s, b * h, 2, e).permute(2, 1, 0, 3)
+                self.slots[:, group, :, high:end] = own
             to_share = answer @ values
             dropped = share[i]
             if factors is not None:
                 to_share.mul_(factors[i])
                 dropped = dropped * factors[i]
-            to_scores = _softmax_backward(to_share, share[i], -1, share.dtype)
+            to_scores = _softmax_backward(to_share, share[i], -1, share.dtype).mul_(e**-0.5)
             scores_grad[i] = to_scores
-            to_head[0] = to_scores @ keys
+            to_query = deltas.query[i, rows].view(s, b * h, e)
+            to_query.copy_((to_scores @ keys).transpose(0, 1))
+            hidden = product(to_query.view(s * b, -1), weights.query[i], dtype)
             if shape.inside:
-                own = slice(high - low, None)
-                to_head[1] = to_scores[..., own].mT @ by_head[0]
-                to_head[2] = dropped[..., own].mT @ answer
-            hidden = product(deltas.projected[i, rows].view(s * b, -1), weights.joined[i], dtype)
+                inside = slice(high - low, None)
+                to_own = deltas.own[i, rows].view(s, b * h, 2, e)
+                to_own[:, :, 0] = (to_scores[..., inside].mT @ query).transpose(0, 1)
+                to_own[:, :, 1] = (dropped[..., inside].mT @ answer).transpose(0, 1)
+                hidden += product(to_own.view(s * b, -1), weights.own[group], dtype)
             deltas.attn_hidden[i, rows] = hidden.view(s, b, -1)
             delta = self.attn[i].back(hidden, self.saved.states[i], layer.attn_gain, rows)
             delta = (
@@ -257,7 +262,7 @@ class _Back:
         """What segment k adds to the gradients of the slots that it has seen, and of biases.
 
         Of all layers at once: `share` and `scores_grad` are (l, b * h, s, m_k), `found_grad` is
-        (l, b * h, s, e).
+        (l, b * h, s, e). The scores are those before scaling.
         """
         shape = self.shape
         sizes, b = shape.sizes, shape.rows
@@ -265,11 +270,11 @@ class _Back:
         start, low, high, end = shape.spans(k)
         columns = self.table_grad.shape[2] - (s if shape.inside else 0)
         window = self.table_grad[:, :, columns - (high - low) : columns + (end - high)]
-        window += scores_grad.unflatten(1, (b, h)).sum((0, 1))
+        window += scores_grad.unflatten(1, (b, h)).sum((0, 1)) * e**0.5
         if high == low:
             return
         dropped = share if factors is None else share * factors
-        query = self.saved.projected[:, start : start + s].unflatten(-1, (h, -1, e))[..., 0, :]
+        query = self.saved.query[:, start : start + s].unflatten(-1, (h, e))
         query = query.permute(0, 2, 3, 1, 4).flatten(1, 2)
 
         def rows(x: Tensor) -> Tensor:
@@ -310,23 +315,18 @@ class _Parameters:
         states = self.saved.states
         return states.flatten(1) @ self.back.deltas.mixed.flatten()
 
-    def joined(self, i: int) -> Tensor:
-        """Of the joined matrix of a layer, (h, k, e, d)."""
-        sizes = self.shape.sizes
-        found = self._outer(self.back.deltas.projected[i], self.back.attn[i].out)
-        return found.view(sizes.heads, -1, sizes.dim_head, found.shape[1])
-
-    def key_value(self, key_value: Tensor, joined: list[Tensor]) -> Tensor:
+    def key_value(self, key_value: Tensor) -> Tensor:
         """Of keys and values, of slots and inside segments, (g * 2 * h * e, d)."""
-        sizes = self.shape.sizes
+        sizes, deltas = self.shape.sizes, self.back.deltas
         g, h, e = sizes.groups, sizes.heads, sizes.dim_head
-        found = self._outer(self.back.deltas.slot, self._mixed_out).view(h, g, 2, e, -1)
-        for i, one in enumerate(joined):
-            if self.shape.inside:
-                found[:, i if g > 1 else 0] += one[:, 1:]
+        found = self._outer(deltas.slot, self._mixed_out).view(h, g, 2, e, -1)
+        if self.shape.inside:
+            for i, statistics in enumerate(self.back.attn):
+                own = self._outer(deltas.own[i], statistics.out)
+                found[:, i if g > 1 else 0] += own.view(h, 2, e, -1)
         return found.permute(1, 2, 0, 3, 4).reshape(key_value.shape)
 
-    def layer(self, i: int, joined: Tensor) -> list[Tensor]:
+    def layer(self, i: int) -> list[Tensor]:
         """Of the parameters of a layer, in their order."""
         shape, deltas, saved = self.shape, self.back.deltas, self.saved
         layer, attn, ff = self.layers[i], self.back.attn[i], self.back.ff[i]
@@ -337,12 +337,11 @@ class _Parameters:
         active = F.gelu(gates).mul_(values)
         if shape.sizes.ff_dropout:
             active.mul_(saved.dropped[i])
-        query = joined[:, 0].flatten(0, 1) * shape.sizes.dim_head**-0.5
         return [
             *attn.parameters(
                 deltas.attn_hidden[i], saved.states[i], layer.attn_gain, layer.attn_shift
             ),
-            query,
+            self._outer(deltas.query[i], attn.out),
             self._outer(middle, saved.found[i]),
             (middle * self._alive()).sum((0, 1)),
             *ff.parameters(deltas.ff_hidden[i], saved.middle[i], layer.ff_gain, layer.ff_shift),

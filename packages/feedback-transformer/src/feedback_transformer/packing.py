@@ -26,12 +26,18 @@ class Packed:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out), without gradients."""
-        flat = x.detach().reshape(-1, x.shape[-1])
-        rows = flat.shape[0]
-        if rows < FULL:
-            flat = F.pad(flat, (0, 0, 0, FULL - rows))
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._packed, bias, "none", [], "")
-        return out[:rows].view(*x.shape[:-1], -1)
+        rows = x.numel() // x.shape[-1]
+        if x.ndim == 2 and rows >= FULL and not x.requires_grad:
+            return self._multiply(x, bias)
+        flat = x.detach().reshape(rows, -1)
+        flat = F.pad(flat, (0, 0, 0, max(0, FULL - rows)))
+        return self._multiply(flat, bias)[:rows].view(*x.shape[:-1], -1)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            x, self._packed, bias, "none", [], ""
+        )
+        return out
 
 
 Matrix = Tensor | Packed
