@@ -292,6 +292,6 @@ def test_weights_are_packed_once(kit: Any) -> None:
     )
     refused(
         TypeError,
-        lambda: _project(kit.normal(1, 1, 6), laid_out, weights.layers[0], 0, 0, sizes),
-        "packed keys and values need joined matrices",
+        lambda: _project(kit.normal(1, 1, 6), laid_out, weights.layers[0], 0, sizes),
+        "packed keys and values need a matrix for each group",
     )

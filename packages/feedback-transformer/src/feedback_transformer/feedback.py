@@ -53,8 +53,7 @@ class Weights(NamedTuple):
         key_value: (g * 2 * h * e, d): of each group the keys, then the values.
         mix: (l + 1,), the weights with which a token's states make its slot; their sum is 1.
         memory_norm: gain and shift of the norm of what goes into the memory, or None.
-        joined: of each layer the matrix of query, or of query, keys and values, instead of
-            `query` and a part of `key_value`; or None.
+        own: of each group its part of `key_value`, where that cannot be cut; or None.
         context: of each layer, or None.
     """
 
@@ -62,7 +61,7 @@ class Weights(NamedTuple):
     key_value: Matrix
     mix: Tensor
     memory_norm: tuple[Tensor, Tensor] | None = None
-    joined: tuple[Matrix, ...] | None = None
+    own: tuple[Matrix, ...] | None = None
     context: tuple[ContextWeights, ...] | None = None
 
 
@@ -130,7 +129,9 @@ def attend(
     keep: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of queries (b, h, n, e), scaled, to keys that come in parts (b, h, m_i, e).
+    """Attention of queries (b, h, n, e), scaled, to one or two parts of keys (b, h, m_i, e).
+
+    It is computed in the type of the keys.
 
     Args:
         bias: (h, n, m) over all parts; -inf where there is nothing to see.
@@ -140,7 +141,7 @@ def attend(
         (b, n, h * e), 0 where there is nothing to attend to, and (b, n, 1) where there is
         something, or None for everywhere.
     """
-    scores = torch.cat([query @ part.mT for part in keys], -1)
+    scores = torch.cat([query.to(part.dtype) @ part.mT for part in keys], -1)
     if bias is not None:
         scores = scores + bias
     alive = None
@@ -156,10 +157,9 @@ def attend(
         alive = seen.any(-1)[:, 0, :, None].to(scores.dtype)
     weights = F.dropout(weights, dropout, dropout > 0.0)
     parts = weights.split([part.shape[2] for part in keys], -1)
-    out = torch.zeros((), dtype=query.dtype, device=query.device)
-    for share, value in zip(parts, values, strict=True):
-        out = out + share.to(value.dtype) @ value
-    return out.transpose(1, 2).flatten(2), alive
+    found = [share.to(value.dtype) @ value for share, value in zip(parts, values, strict=True)]
+    out = found[0] if len(found) == 1 else found[0] + found[1]
+    return out.to(query.dtype).transpose(1, 2).flatten(2), alive
 
 
 def feed_forward(x: Tensor, layer: LayerWeights, dropout: float) -> Tensor:
@@ -250,6 +250,13 @@ class Window(NamedTuple):
         (keys, new_keys), (values, new_values) = (x.split([m, p], 3) for x in both)
         return Window(keys, values, new_keys, new_values, inside[0], inside[1], mask)
 
+    def wide(self) -> Window:
+        """In float32 where the CPU would be slower in half precision, as in attention it is."""
+        if self.keys.device.type != "cpu" or self.keys.dtype.itemsize > 2:
+            return self
+        found = (None if x is None or x.dtype == torch.bool else x.float() for x in self)
+        return Window(*found)._replace(mask=self.mask)  # type: ignore[arg-type]
+
     def detach(self) -> Window:
         """Cuts the graph behind the slots and the open segment."""
         return Window(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
@@ -338,7 +345,7 @@ def run_piece(
     for i, layer in enumerate(weights.layers):
         group = i if sizes.groups > 1 else 0
         hidden = F.layer_norm(x, x.shape[-1:], layer.attn_gain, layer.attn_shift)
-        query, keys, values = _project(hidden, weights, layer, i, group, sizes)
+        query, keys, values = _project(hidden, weights, layer, group, sizes)
         query = (query * e**-0.5).unflatten(-1, (h, e)).transpose(1, 2)
         all_keys, all_values = [window.keys[group]], [window.values[group]]
         if keys is not None and values is not None:
@@ -369,20 +376,19 @@ def run_piece(
 
 
 def _project(
-    hidden: Tensor, weights: Weights, layer: LayerWeights, i: int, group: int, sizes: Sizes
+    hidden: Tensor, weights: Weights, layer: LayerWeights, group: int, sizes: Sizes
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Queries, and for segments of several tokens their keys and values, (b, n, h * e)."""
-    inner = sizes.inner
-    if weights.joined is not None:
-        found = multiply(hidden, weights.joined[i]).split(inner, -1)
-        return (found[0], None, None) if len(found) == 1 else (found[0], found[1], found[2])
     query = multiply(hidden, layer.query)
     if sizes.seq_len == 1:
         return query, None, None
-    if not isinstance(weights.key_value, Tensor):
-        raise TypeError("packed keys and values need joined matrices")
-    own = weights.key_value[2 * inner * group : 2 * inner * (group + 1)]
-    keys, values = F.linear(hidden, own).chunk(2, -1)
+    if weights.own is not None:
+        own = weights.own[group]
+    elif isinstance(weights.key_value, Tensor):
+        own = weights.key_value.chunk(sizes.groups)[group]
+    else:
+        raise TypeError("packed keys and values need a matrix for each group")
+    keys, values = multiply(hidden, own).chunk(2, -1)
     return query, keys, values
 
 

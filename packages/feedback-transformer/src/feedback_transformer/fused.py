@@ -128,6 +128,7 @@ def run_fused(
             found = _Recurrence.apply(shape, seen, *tensors, *flat)  # type: ignore[no-untyped-call]
         else:
             found = forward_pass(shape, seen, *tensors, flat, save=False)[:3]
+            found = [y.to(x.dtype) for y in found]
     out, keys, values = found
     new = (y.unflatten(1, (b, sizes.heads)) for y in (keys, values))
     window = window._replace(
@@ -254,12 +255,14 @@ def forward_pass(
     norm, layers = unflatten(flat, shape)
     weights = lay_out(layers, key_value, shape, transposed=False)
     out = torch.empty_like(x)
-    slots = x.new_empty(2, g, b * h, shape.slots + n, e)
+    # Attention in half precision is slow on the CPU; it is its own way back, so only without one.
+    wide = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize < 4 else x.dtype
+    slots = x.new_empty(2, g, b * h, shape.slots + n, e, dtype=x.dtype if save else wide)
     slots[0, :, :, : shape.slots] = keys
     slots[1, :, :, : shape.slots] = values
     saved = _allocate(shape, x, layers, slots) if save else None
     shares: list[Tensor] = []
-    table = table.repeat(b, 1, 1)
+    table = table.repeat(b, 1, 1).to(slots.dtype)
     columns = table.shape[2] - (s if shape.inside else 0)
 
     for k in range(shape.segments):
@@ -283,11 +286,11 @@ def forward_pass(
             if shape.inside:
                 own = product(hidden, weights.own[group], dtype)
                 places.copy_(own.view(s, b * h, 2, e).permute(2, 1, 0, 3))
-            by_head = query.view(s, b * h, e).transpose(0, 1)
+            by_head = query.view(s, b * h, e).transpose(0, 1).to(slots.dtype)
             share, factors, found = _attend(
                 by_head, seen_keys, seen_values, bias, keep, sizes.attn_dropout
             )
-            found = found.transpose(0, 1).reshape(s * b, h * e)
+            found = found.transpose(0, 1).reshape(s * b, h * e).to(x.dtype)
             middle = y
             if alive is not None:
                 shift = alive.reshape(-1, 1) * layer.out_bias

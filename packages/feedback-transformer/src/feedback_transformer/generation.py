@@ -45,6 +45,7 @@ class Stepper:
             table = self._biases(x.shape[1])
             run = Run(self._weights, self._sizes, table, self._context)
             x, window = run.all(x, window)
+            window = window.wide()
         else:
             if self._laid_out is None:
                 self._laid_out = lay_out_for_steps(self._weights, self._sizes, len(x))
@@ -70,23 +71,23 @@ class Stepper:
 
 def lay_out_for_steps(weights: Weights, sizes: Sizes, rows: int) -> Weights:
     """The weights for products with so many rows, without gradients."""
-    inner = sizes.inner
-    key_value = weights.key_value
-    if not isinstance(key_value, Tensor):
+    if not isinstance(weights.key_value, Tensor):
         raise TypeError("weights must not be packed yet")
-    layers, joined = [], []
-    for i, layer in enumerate(weights.layers):
-        group = i if sizes.groups > 1 else 0
-        own = key_value[2 * inner * group : 2 * inner * (group + 1)]
-        query = layer.query
-        if isinstance(query, Tensor):
-            both = torch.cat((query, own)) if sizes.seq_len > 1 else query
-            joined.append(pack(both, rows))
-        out, inner_one, outer = (
-            pack(weight, rows) if isinstance(weight, Tensor) else weight
-            for weight in (layer.out, layer.inner, layer.outer)
+
+    def place(weight: Matrix) -> Matrix:
+        return pack(weight, rows) if isinstance(weight, Tensor) else weight
+
+    key_value = place(weights.key_value)
+    own: tuple[Matrix, ...] = (key_value,)
+    if sizes.groups > 1:
+        own = tuple(place(part) for part in weights.key_value.chunk(sizes.groups))
+    layers = tuple(
+        layer._replace(
+            query=place(layer.query),
+            out=place(layer.out),
+            inner=place(layer.inner),
+            outer=place(layer.outer),
         )
-        layers.append(layer._replace(out=out, inner=inner_one, outer=outer))
-    return weights._replace(
-        layers=tuple(layers), key_value=pack(key_value, rows), joined=tuple(joined)
+        for layer in weights.layers
     )
+    return weights._replace(layers=layers, key_value=key_value, own=own)

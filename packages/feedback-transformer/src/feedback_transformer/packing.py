@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FULL = 4
-"""Fewer rows than these take longer, and are filled up."""
+"""Fewer rows of float32 than these take longer, and are filled up."""
 LARGEST = 64
 """Rows up to which a packed weight is faster."""
 
@@ -27,10 +27,12 @@ class Packed:
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out), without gradients."""
         rows = x.numel() // x.shape[-1]
-        if x.ndim == 2 and rows >= FULL and not x.requires_grad:
+        missing = FULL - rows if x.dtype == torch.float32 else 0
+        if x.ndim == 2 and missing <= 0 and not x.requires_grad:
             return self._multiply(x, bias)
         flat = x.detach().reshape(rows, -1)
-        flat = F.pad(flat, (0, 0, 0, max(0, FULL - rows)))
+        if missing > 0:
+            flat = F.pad(flat, (0, 0, 0, missing))
         return self._multiply(flat, bias)[:rows].view(*x.shape[:-1], -1)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
