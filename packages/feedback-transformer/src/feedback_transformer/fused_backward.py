@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedback_transformer.feedback import LayerWeights
-from feedback_transformer.fused import (
+from feedback_transformer.layout import (
     Activations,
     Matrices,
     Shape,
@@ -18,6 +17,7 @@ from feedback_transformer.fused import (
     product,
     unflatten,
 )
+from feedback_transformer.weights import LayerWeights
 
 _layer_norm = torch.ops.aten.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from feedback_transformer.feedback import Context, Sizes, Weights, Window, bias_table, run_plain
+from feedback_transformer.feedback import Context, bias_table, run_plain
 from feedback_transformer.packing import Matrix, multiply, pack
 from feedback_transformer.sequence import Run
+from feedback_transformer.weights import Sizes, Weights
+from feedback_transformer.window import Window
 from shared_core import RelativePositionBias
 
 

@@ -15,17 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedback_transformer.feedback import (
-    LayerWeights,
-    Sizes,
-    Weights,
-    Window,
-    feed_forward,
-    project_out,
-    slots,
-    split_heads,
-)
+from feedback_transformer.feedback import feed_forward, project_out, slots
 from feedback_transformer.packing import multiply
+from feedback_transformer.weights import LayerWeights, Sizes, Weights
+from feedback_transformer.window import Window, split_heads
 
 PASSES = 12
 """Without an end after so many, one segment after the other is the faster way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from feedback_transformer.feedback import ContextWeights, LayerWeights
+from feedback_transformer.weights import ContextWeights, LayerWeights
 from shared_core import FeedForward
 
 
@@ -20,6 +20,7 @@ class CrossAttention(nn.Module):
         self.to_out: nn.Linear = nn.Linear(inner, dim)
 
     def weights(self) -> ContextWeights:
+        """The parameters, in the order of their use."""
         return ContextWeights(
             self.norm.weight,
             self.norm.bias,
@@ -48,6 +49,7 @@ class Layer(nn.Module):
         self.ff: FeedForward = FeedForward(dim, dropout=ff_dropout, gated=True)
 
     def weights(self) -> LayerWeights:
+        """The parameters, in the order of their use, but for those to a context."""
         return LayerWeights(
             self.attn_norm.weight,
             self.attn_norm.bias,

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from feedback_transformer.feedback import LayerWeights, Sizes, Weights, feed_forward, slots
+from feedback_transformer.feedback import feed_forward, slots
 from feedback_transformer.packing import multiply
 from feedback_transformer.state import Memory
+from feedback_transformer.weights import LayerWeights, Sizes, Weights
 from shared_core import RelativePositionBias
 
 _LAYER = r"layers\.(\d+)\."

@@ -20,20 +20,14 @@ from feedback_transformer.checks import (
     check_mask,
     check_share,
 )
-from feedback_transformer.feedback import (
-    Context,
-    ContextWeights,
-    Sizes,
-    Weights,
-    Window,
-    bias_table,
-    context_keys,
-)
+from feedback_transformer.feedback import Context, bias_table, context_keys
 from feedback_transformer.generation import Stepper
 from feedback_transformer.layers import Layer
 from feedback_transformer.legacy import KEY_MAP, check_legacy_options, run_legacy
 from feedback_transformer.sequence import Run
 from feedback_transformer.state import Memory, as_memory
+from feedback_transformer.weights import ContextWeights, Sizes, Weights
+from feedback_transformer.window import Window
 from shared_core import RelativePositionBias, generate, register_key_map, stream
 
 SOLVERS = ("sequential", "jacobi")

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from feedback_transformer.feedback import Context, Sizes, Weights, Window, run_plain
+from feedback_transformer.feedback import Context, run_plain
 from feedback_transformer.fused import can_fuse, run_fused
 from feedback_transformer.jacobi import run_jacobi
+from feedback_transformer.weights import Sizes, Weights
+from feedback_transformer.window import Window
 
 
 @dataclass(frozen=True)
