@@ -106,8 +106,8 @@ def backward_pass(
     of_weights = _Parameters(shape, seen, saved, back, layers)
     found: list[Tensor | None] = [
         back.deltas.states[0],
-        *back.slots_grad[:, :, :, :slots].unbind(0),
-        back.table_grad,
+        *back.slots_grad[:, :, :, :slots].to(mix.dtype).unbind(0),
+        back.table_grad.to(table.dtype),
         of_weights.key_value(key_value),
         of_weights.mix(),
     ]
@@ -135,8 +135,10 @@ class _Back:
         self.mix = mix.tolist()
         # Where a segment has its own keys while it is its turn; before it nobody sees them.
         self.slots = saved.slots.clone()
-        self.slots_grad = torch.zeros_like(saved.slots)
-        self.table_grad = torch.zeros_like(table)
+        # Sums over all segments: in half precision they would lose what comes late.
+        wide = torch.promote_types(table.dtype, torch.float32)
+        self.slots_grad = torch.zeros_like(saved.slots, dtype=wide)
+        self.table_grad = torch.zeros_like(table, dtype=wide)
         self.attn = [
             Statistics.of(x, layer.attn_gain, layer.attn_shift)
             for x, layer in zip(saved.states, layers, strict=False)

@@ -325,9 +325,10 @@ class FeedbackTransformer(nn.Module):
         Their weights are used segment by segment, and never by calling them.
         """
         for module in self.modules():
-            unshard = getattr(module, "unshard", None)
-            if module is not self and callable(unshard):
-                unshard()
+            # Of the class: a module looks for an attribute that it does not have for long.
+            unshard = getattr(type(module), "unshard", None)
+            if unshard is not None and module is not self:
+                unshard(module)
 
     def _stepper(
         self, prompt: Tensor, context: Tensor | None, context_mask: Tensor | None

@@ -73,7 +73,9 @@ def as_memory(
         raise TypeError(f"memory must be a Memory or a pair of tensors, got {type(given).__name__}")
     if not isinstance(given, Memory):
         if len(given) != 2:
-            raise ValueError(f"memory must be a Memory or a pair of tensors, got {len(given)} of")
+            raise ValueError(
+                f"memory must be a Memory or a pair of tensors, got {len(given)} parts"
+            )
         given = Memory(*given)
     keys, values = given.keys, given.values
     if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
