@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from feedback_transformer import FeedbackTransformer, Memory
+from feedback_transformer.window import Window
 from shared_core.testing import (
     assert_compiles,
     assert_data_parallel,
@@ -84,6 +85,17 @@ def test_autocast_is_near_and_as_fast_a_way(
 def test_half_precision_generates(device: torch.device, dtype: torch.dtype) -> None:
     model = build().to(device, dtype)
     assert model.generate(tokens(5, device), 6).shape == (2, 6)
+
+
+def test_half_precision_attends_in_full_where_that_is_faster(device: torch.device) -> None:
+    x = torch.zeros(2, 3, 12, dtype=torch.bfloat16, device=device)
+    sizes = build()._sizes()
+    window = Window.of(None, x, 2, sizes)
+    expected = torch.float32 if device.type == "cpu" else torch.bfloat16
+    assert window.wide().keys.dtype == window.wide().layer_values.dtype == expected
+    mask = torch.ones(2, 0, dtype=torch.bool, device=device)
+    assert window._replace(mask=mask).wide().mask is mask
+    assert Window.of(None, x.double(), 2, sizes).wide().keys.dtype == torch.float64
 
 
 def test_runs_on_the_meta_device() -> None:

@@ -241,6 +241,20 @@ def test_a_memory_is_not_changed_by_a_call(kit: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
 
 
+def test_a_memory_is_the_callers_to_change(kit: Any) -> None:
+    """With one row and one head it needs no copy on its way out, and has one all the same."""
+    model = kit.make(heads=1, mem_len=100)
+    x = model.token_emb(kit.tokens(1, 8)).detach().requires_grad_()
+    found = []
+    for change in (False, True):
+        out, memory = model(x, None, True)
+        if change:
+            memory.keys.data.zero_()
+            memory.values.data.zero_()
+        found.append(torch.autograd.grad(out.square().sum(), x)[0])
+    assert torch.equal(found[0], found[1])
+
+
 def test_no_memory_sees_its_segment_alone(kit: Any) -> None:
     model = kit.make(mem_len=0, seq_len=3)
     x, y = kit.tokens(2, 9), kit.tokens(2, 9, seed=7)
