@@ -1,0 +1,223 @@
+"""The demonstration of feedback-transformer: what it learns, writes and refuses."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributions import ROOT
+from workers import load_module
+
+PACKAGE = ROOT / "packages" / "feedback-transformer"
+EXAMPLES = PACKAGE / "examples"
+# The demonstration is a script: its modules import each other from the folder they lie in.
+sys.path.append(str(EXAMPLES))
+
+words, display = map(importlib.import_module, ("words", "words_display"))
+# Another package's demonstration has the name "demo".
+demo = load_module(EXAMPLES / "demo.py")
+bench = load_module(PACKAGE / "benchmarks" / "bench_words.py")
+
+SMALL = ("--length", 4, "--steps", 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs the demonstration here; returns its exit status, output and errors."""
+
+    def call(*options: object) -> tuple[int, str, str]:
+        threads = torch.get_num_threads()
+        try:
+            status = demo.main([*map(str, ("--out", tmp_path / "out")), *map(str, options)])
+        except SystemExit as end:
+            status = end.code
+        finally:
+            torch.set_num_threads(threads)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_a_small_run_shows_what_is_learned(run: Callable[..., Any], tmp_path: Path) -> None:
+    status, output, errors = run(*SMALL)
+    assert (status, errors) == (0, "")
+    for name in ("parameters", "last loss", "tokens 5 to 8", " %", "plot", "figures"):
+        assert name in output
+    assert max(map(len, output.splitlines())) <= 100
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["figures.json", "words.png"]
+    assert (out / "words.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "figures.json").read_text())["results"]
+    assert list(results) == ["feedback", "plain, as many steps", "plain, as much time"]
+    for one in results.values():
+        assert len(one["accuracy"]) == 8
+        assert all(0.0 <= share <= 1.0 for share in one["accuracy"])
+        assert len(one["trained"]["losses"]) == one["trained"]["steps"]
+    steps = [one["trained"]["steps"] for one in results.values()]
+    assert steps[:2] == [3, 3]
+    seconds = [one["trained"]["seconds"] for one in results.values()]
+    assert seconds[2] >= seconds[0]
+
+
+def test_the_seed_says_all_but_the_time(run: Callable[..., Any], tmp_path: Path) -> None:
+    found = []
+    for seed in (3, 3, 4):
+        assert run(*SMALL, "--seed", seed)[0] == 0
+        results = json.loads((tmp_path / "out" / "figures.json").read_text())["results"]
+        names = ("feedback", "plain, as many steps")
+        found.append([(results[n]["accuracy"], results[n]["trained"]["losses"]) for n in names])
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (("--length", "1"), "--length"),
+        (("--length", "1001"), "number from 2 to 1000"),
+        (("--steps", "0"), "--steps"),
+        (("--steps", "many"), "many"),
+        (("--seed", "-1"), "--seed"),
+        (("--step", "100", "--nonsense"), "--nonsense"),
+    ],
+)
+def test_bad_options_take_one_line(
+    run: Callable[..., Any], options: tuple[str, ...], fragment: str
+) -> None:
+    status, output, errors = run(*options)
+    assert (status, output) == (2, "")
+    assert errors.count("\n") == 1
+    assert fragment in errors
+
+
+def test_an_unwritable_folder_takes_one_line(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, output, errors = run("--out", tmp_path / "file" / "below")
+    assert (status, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert str(tmp_path) in errors
+
+
+def test_it_stops_when_asked(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(words, "train", stop)
+    status, _, errors = run(*SMALL)
+    assert (status, errors) == (130, "demo: stopped\n")
+
+
+def test_help_is_read_by_people() -> None:
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "nox -s demo -- feedback-transformer" in found.stdout
+
+
+def test_products_are_those_of_a_group() -> None:
+    table = words.products()
+    assert table.shape == (6, 6)
+    everything = torch.arange(6)
+    for i in range(6):
+        assert torch.equal(table[i].sort().values, everything)
+        assert torch.equal(table[:, i].sort().values, everything)
+    for a, b, c in itertools.product(range(6), repeat=3):
+        assert table[table[a, b], c] == table[a, table[b, c]]
+    assert not torch.equal(table, table.t())
+    # Twice the exchange of two things is nothing.
+    swap = words.PERMUTATIONS.index((1, 0, 2))
+    assert words.PERMUTATIONS[table[swap, swap]] == (0, 1, 2)
+
+
+def test_answers_are_products_of_all_that_came() -> None:
+    drawn, answers = words.draw(5, 9, torch.Generator().manual_seed(0))
+    for word, answer in zip(drawn.tolist(), answers.tolist(), strict=True):
+        state = (0, 1, 2)
+        for token, expected in zip(word, answer, strict=True):
+            state = tuple(state[i] for i in words.PERMUTATIONS[token])
+            assert words.PERMUTATIONS[expected] == state
+
+
+@pytest.mark.parametrize("kind", ["feedback", "plain"])
+def test_no_model_sees_the_future(kind: str) -> None:
+    model = words.build(kind, 0).eval()
+    drawn, _ = words.draw(2, 6, torch.Generator().manual_seed(0))
+    changed = drawn.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 6
+    before, after = model(drawn), model(changed)
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert (before[:, 4:] != after[:, 4:]).any()
+
+
+def test_both_have_about_as_many_parameters() -> None:
+    feedback, plain = (
+        sum(parameter.numel() for parameter in words.build(kind, 0).parameters())
+        for kind in ("feedback", "plain")
+    )
+    assert feedback == pytest.approx(plain, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_feedback_follows_and_plain_does_not(seed: int) -> None:
+    model = words.build("feedback", seed)
+    words.train(model, 16, seed, steps=500)
+    shares = words.accuracy(model, 32, seed)
+    assert sum(shares[:16]) / 16 == 1.0
+    assert sum(shares[16:]) / 16 >= 0.95
+    plain = words.build("plain", seed)
+    words.train(plain, 16, seed, steps=500)
+    assert sum(words.accuracy(plain, 16, seed)) / 16 < 0.6
+
+
+def test_the_benchmark_takes_the_worst_of_ours_and_the_best_of_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shares(seed: int, kind: str) -> tuple[list[float], float]:
+        assert kind in ("feedback", "plain")
+        return [0.5 + seed / 10] * 16 + [0.1 * seed] * 16, float(seed)
+
+    monkeypatch.setattr(bench, "_trained", shares)
+    assert bench.answered(device="cpu", kind="feedback", beyond=False)() == pytest.approx(0.5)
+    assert bench.answered(device="cpu", kind="feedback", beyond=True)() == 0.0
+    assert bench.answered(device="cpu", kind="plain", beyond=False)() == pytest.approx(0.9)
+    assert bench.answered(device="cpu", kind="plain", beyond=True)() == pytest.approx(0.4)
+    assert bench.time_to_learn(device="cpu")() == 4.0
+
+
+def test_no_share_is_rounded_up_to_all() -> None:
+    assert display.percent(0.9999) == " <100 %"
+    assert display.percent(1.0) == "100.0 %"
+
+
+@pytest.mark.parametrize(("owner", "name"), [(display.os, "fsync"), (Path, "replace")])
+def test_a_file_is_whole_or_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    path = tmp_path / "figures.json"
+    display.write(path, b"first")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(OSError, match="no space"):
+        display.write(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
