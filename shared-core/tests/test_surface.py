@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 NAMES = [
     "FeedForward",
+    "RelativePositionBias",
     "eval_mode",
     "filter_logits",
     "generate",

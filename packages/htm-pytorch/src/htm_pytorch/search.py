@@ -47,7 +47,7 @@ class Search(Protocol):
 
 
 class FaissSearch:
-    """Approximate search by an index of faiss, for memories of tens of millions of tokens.
+    """Approximate search by an index of faiss.
 
     Each environment has an index on the CPU. Chunks that it does not hold yet, or that have changed
     since, are searched exactly beside it, until there are enough of them to be added. Queries with
