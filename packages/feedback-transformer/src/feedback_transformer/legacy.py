@@ -93,7 +93,10 @@ def _attend(
         y.unflatten(-1, (sizes.heads, -1)).transpose(1, 2) for y in (asking, *both)
     )
     m = key.shape[2]
-    scores = query @ key.mT + positions(n, m, first=0)
+    # The reference counts queries from the first key on.
+    places = torch.arange(max(n, m), device=query.device)
+    biases = positions(places[:n, None] - places[:m]).permute(2, 0, 1)
+    scores = query @ key.mT + biases
     if n > 1:
         future = torch.ones(n, m, dtype=torch.bool, device=x.device).triu(m - n + 1)
         scores = scores.masked_fill(future, -torch.finfo(scores.dtype).max)
