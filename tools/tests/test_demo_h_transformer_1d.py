@@ -32,9 +32,12 @@ EXAMPLES = ROOT / "packages" / "h-transformer-1d" / "examples"
 # The demonstration is a script: its modules import each other from the folder they lie in.
 sys.path.insert(0, str(EXAMPLES))
 
+NAMES = "checkpoints", "corpus", "demo", "processes", "progress", "report", "settings", "training"
+for name in NAMES:
+    # Another package's demonstration may have been loaded under it.
+    sys.modules.pop(name, None)
 checkpoints, corpus, demo, processes, progress, report, settings, training = map(
-    importlib.import_module,
-    ("checkpoints", "corpus", "demo", "processes", "progress", "report", "settings", "training"),
+    importlib.import_module, NAMES
 )
 
 # The demonstration, with a plan (and so a checkpoint) every few steps.

@@ -71,7 +71,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         heads = self.to_qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(*heads, attn_mask=bias)
+        q, k, v = heads
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = x + self.to_out(found.transpose(1, 2).flatten(2))
         out: Tensor = x + self.ff(self.ff_norm(x))
         return out
