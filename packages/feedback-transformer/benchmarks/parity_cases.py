@@ -29,11 +29,12 @@ def build(settings: Settings, side: Side, legacy: bool) -> nn.Module:
     dtype = settings.pop("dtype", "float32")
     name = "feedback_transformer" if side == "ours" else "feedback_transformer_pytorch"
     options = {"legacy": legacy} if side == "ours" else {}
-    module: nn.Module = importlib.import_module(name).FeedbackTransformer(**settings, **options)
+    module = importlib.import_module(name).FeedbackTransformer(**settings, **options)
     # As after training: layers do not weigh the same, and places count.
     with torch.no_grad():
         module.layer_weight.copy_(torch.linspace(0.5, 1.5, len(module.layer_weight)))
-    return module.to(getattr(torch, dtype))
+    found: nn.Module = module.to(getattr(torch, dtype))
+    return found
 
 
 def modern(settings: Settings, side: Side, legacy: bool) -> nn.Module:  # noqa: ARG001

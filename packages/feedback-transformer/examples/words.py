@@ -92,7 +92,9 @@ class Transformer(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         x, n = self.tokens(words), words.shape[1]
         future = torch.ones(n, n, dtype=torch.bool).triu(1)
-        bias = self.places(n, n).masked_fill(future, float("-inf"))
+        places = torch.arange(n, device=x.device)
+        bias = self.places(places[:, None] - places).permute(2, 0, 1)
+        bias = bias.masked_fill(future, float("-inf"))
         for layer in self.layers:
             x = layer(x, bias)
         logits: Tensor = self.to_logits(self.norm(x))
