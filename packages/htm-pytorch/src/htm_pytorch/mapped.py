@@ -150,7 +150,7 @@ class MappedPool(Pool):
             self._grow(found.used)
         self._pinned[found.table[found.table >= 0]] = True
         free = (~self._pinned[: found.used]).nonzero()[:, 0]
-        self.room = Room(found.used, free, free[:0])
+        self.room: Room = Room(found.used, free, free[:0])
 
     def _files(self) -> dict[Path, Tensor]:
         return {self._path / "tokens.bin": self.tokens, self._path / "means.bin": self.means}
@@ -162,7 +162,9 @@ class MappedPool(Pool):
         tokens, means = (
             _map(file, part, room, self.read_only) for file, part in self._files().items()
         )
-        self.tokens, self.means, self._pinned, self._begun = tokens, means, pinned, begun
+        self.tokens: Tensor = tokens
+        self.means = means
+        self._pinned, self._begun = pinned, begun
 
 
 def make_pool(
