@@ -160,3 +160,23 @@ def test_gradients_twice_from_one_graph(kit: Any) -> None:
     first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     second = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["two calls", "an open segment", "checkpoints"])
+def test_first_gradients_that_can_be_differentiated_again(kit: Any, way: str) -> None:
+    """The same with a graph of their own, also where what is carried has one."""
+    model = kit.make(seq_len=2, mem_len=3)
+    tokens = kit.tokens(2, 12)
+    cut = {"two calls": 6, "an open segment": 5, "checkpoints": 12}[way]
+    every = 4 if way == "checkpoints" else None
+    found = []
+    for create_graph in (False, True):
+        first, memory = model(tokens[:, :cut], return_memory=True, checkpoint_every=every)
+        loss = first.square().mean()
+        if cut < 12:
+            loss = loss + model(tokens[:, cut:], memory).square().mean()
+        found.append(
+            torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
+        )
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, atol=1e-12, rtol=1e-9)

@@ -134,6 +134,9 @@ def _differentiable(
     """Gradients that can be differentiated again, of the same thing computed the plain way."""
     if shape.sizes.attn_dropout or shape.sizes.ff_dropout:
         raise RuntimeError("second derivatives need dropout to be 0")
+    # Views: of the tensors themselves a gradient would come along every other way that leads to
+    # them, too, such as a memory that was carried with its graph.
+    inputs = [y.view_as(y) for y in inputs]
     x, keys, values, table, key_value, mix, *flat = inputs
     norm, layers = unflatten(tuple(flat), shape)
     weights = Weights(tuple(layers), key_value, mix, norm)
