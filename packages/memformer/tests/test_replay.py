@@ -219,6 +219,17 @@ def test_under_autocast(make_model: MakeModel, tokens: Tokens) -> None:
         assert (mine[name] - gradient).norm() <= 0.1 * gradient.norm(), name
 
 
+def test_only_the_decoder_learns(make_model: MakeModel, tokens: Tokens) -> None:
+    """Nothing leads back through the memory, and every segment has its loss all the same."""
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("decoder."))
+    src, tgts = inputs(tokens, "all")
+    expected = at_once(model, src, tgts)
+    model.zero_grad()
+    assert_equal(memory_replay_backprop(model, src, tgts), model, expected)
+
+
 def test_frozen_parameters_stay_without_a_gradient(make_model: MakeModel, tokens: Tokens) -> None:
     src, tgts = inputs(tokens, "all")
     model = make_model()

@@ -423,8 +423,10 @@ class Memformer(nn.Module):
             if tgt_mask is not None or return_logits:
                 raise ValueError("tgt_mask and return_logits need a tgt, got None")
             return b
-        if len(tgt) != b:
-            raise ValueError(f"tgt must have {b} rows, got {len(tgt)}")
+        # Not `len` of a tensor, which would bind a graph to one batch.
+        rows = tgt.shape[0] if isinstance(tgt, Tensor) else len(tgt)
+        if rows != b:
+            raise ValueError(f"tgt must have {b} rows, got {rows}")
         net: Any = self.decoder.net
         if return_logits:
             if not isinstance(tgt, Tensor):

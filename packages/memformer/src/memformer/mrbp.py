@@ -137,7 +137,8 @@ def memory_replay_backprop(
             loss = _loss(results, i, losing[i], loss_fn)
         if i == count - 1:
             mem = results.mem.detach()
-        roots = [] if grad is None else [(results.mem, grad)]
+        # Where only the decoder learns, nothing leads back through the memory.
+        roots = [(results.mem, grad)] if grad is not None and results.mem.requires_grad else []
         if loss is not None:
             losses[i] = loss.detach()
             scaled = loss if scaler is None else scaler.scale(loss)
