@@ -175,8 +175,6 @@ def test_first_gradients_that_can_be_differentiated_again(kit: Any, way: str) ->
         loss = first.square().mean()
         if cut < 12:
             loss = loss + model(tokens[:, cut:], memory).square().mean()
-        found.append(
-            torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
-        )
+        found.append(torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph))
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again, plain, atol=1e-12, rtol=1e-9)
