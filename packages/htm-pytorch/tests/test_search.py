@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import memories
 import pytest
 import torch
 
@@ -18,11 +17,6 @@ from htm_pytorch.retrieval import Summary, find
 if TYPE_CHECKING:
     from conftest import Make, Randn
 
-_SPEC = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-memories = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(memories)
 DIM, CHUNK = memories.DIM, memories.CHUNK
 
 

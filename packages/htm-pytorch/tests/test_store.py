@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import memories as memories_file
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,11 +18,6 @@ from htm_pytorch.retrieval import Summary
 if TYPE_CHECKING:
     from conftest import Make, Randn
 
-_SPEC = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-memories_file = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(memories_file)
 CHUNK, DIM, ENVIRONMENTS = memories_file.CHUNK, memories_file.DIM, memories_file.ENVIRONMENTS
 Memories, draw = memories_file.Memories, memories_file.draw
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import memories
 import pytest
 import torch
 
@@ -23,11 +23,6 @@ from htm_pytorch import HTMAttention, MemoryStore, files
 if TYPE_CHECKING:
     from conftest import Randn
 
-_SPEC = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-memories = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(memories)
 CAPACITY, CHUNK, DIM = memories.CAPACITY, memories.CHUNK, memories.DIM
 Memories = memories.Memories
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import memories as memories_file
 import pytest
 import torch
 from torch import Tensor
@@ -20,11 +20,6 @@ from htm_pytorch import HTMAttention, MemoryStore
 if TYPE_CHECKING:
     from conftest import Randn
 
-_SPEC = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-memories_file = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(memories_file)
 CHUNK, DIM, ENVIRONMENTS = memories_file.CHUNK, memories_file.DIM, memories_file.ENVIRONMENTS
 Memories, new_store = memories_file.Memories, memories_file.new_store
 CAPACITY = 2 * CHUNK

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import memories
 import pytest
 import torch
 
@@ -15,11 +15,6 @@ from htm_pytorch import HTMAttention, MemoryStore
 if TYPE_CHECKING:
     from conftest import Make, Randn
 
-_SPEC = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-memories = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(memories)
 CAPACITY, CHUNK, DIM = memories.CAPACITY, memories.CHUNK, memories.DIM
 Memories = memories.Memories
 
