@@ -128,7 +128,8 @@ def demo(session: nox.Session) -> None:
     install(session, *wheels(session, package), "-r", str(examples / "requirements.txt"))
     # A path among the options is meant from where the command was typed.
     with session.chdir(session.invoked_from):
-        session.run(python(session), str(examples / "demo.py"), *options, log=False)
+        command = (python(session), str(examples / "demo.py"), *options)
+        session.run(*command, env={"PYTHONPATH": str(TOOLS)}, log=False)
 
 
 @nox.session
