@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import pytest
 from uv import find_uv_bin
 
 from distributions import CORE, ROOT, discover
+from workers import load_module
 
 if TYPE_CHECKING:
     from conftest import Repository
@@ -103,12 +103,7 @@ def test_a_wrong_name_keeps_the_environment_of_the_demo(copy: Path) -> None:
 @pytest.fixture(scope="module")
 def loaded() -> ModuleType:
     """Our noxfile as a module, of which there can be one only."""
-    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "noxfile.py")
 
 
 @pytest.fixture
