@@ -39,6 +39,7 @@ nox.options.sessions = [
     *(f"tests(package='{name}', device='cpu')" for name, device in SUITES if device == "cpu"),
     "typing",
     "dist",
+    "upgrade",
 ]
 
 
@@ -115,6 +116,13 @@ def dist(session: nox.Session) -> None:
     session.run(python(session), str(TOOLS / "check_core.py"), log=False)
 
 
+@nox.session(tags=["static"])
+def upgrade(session: nox.Session) -> None:
+    """Prove that each wheel upgrades alone and that every mix of versions resolves."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "check_upgrade.py"), log=False)
+
+
 # With its environment kept, a package's name that is wrong costs nothing.
 @nox.session(reuse_venv=True)
 def demo(session: nox.Session) -> None:
@@ -151,7 +159,7 @@ def pin(session: nox.Session) -> None:
     core = wheel(session, DISTRIBUTIONS[distributions.CORE])
     sources = [str(found.folder / "pyproject.toml") for found in DISTRIBUTIONS.values()]
     sources += map(str, ROOT.glob(DEMO_REQUIREMENTS))
-    groups = ("lint", "typing", "dist", "tools", "compare", "torch")
+    groups = ("lint", "typing", "tools", "audit", "torch")
     options = ["--universal", "--python-version", "3.10", "--all-extras", "--no-annotate"]
     # This find-links replaces the machine's, whose local versions would not exist elsewhere.
     options += ["--find-links", str(core.parent), "--no-emit-package", distributions.CORE]

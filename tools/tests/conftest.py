@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(TOOLS))
 
 
 class Repository:
-    """A repository with packages of a few lines each."""
+    """A repository with packages of a few lines each, and tags of its own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,6 +47,35 @@ class Repository:
         found = next(found for found in discover(self.root) if found.name == name)
         (folder / FILE_NAME).write_text(bill_of_materials(found))
         return folder
+
+    def git(self, *arguments: str) -> str:
+        """Run git as somebody, whatever the machine's settings are."""
+        settings = {"user.name": "A", "user.email": "a@example.org", "commit.gpgsign": "false"}
+        options = [word for pair in settings.items() for word in ("-c", "=".join(pair))]
+        return subprocess.run(
+            ["git", *options, "-c", "tag.gpgsign=false", *arguments],
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout.strip()
+
+    def commit(self, *tags: str) -> str:
+        """Commit all there is under these tags; returns the commit."""
+        if not (self.root / ".git").exists():
+            self.git("init", "--quiet", "--initial-branch", "main")
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", "Change")
+        for tag in tags:
+            self.git("tag", tag)
+        return self.git("rev-parse", "HEAD")
+
+    def write_source(self, name: str, text: str, version: str = "1.2.3") -> None:
+        """What a package's __init__.py says, after its version."""
+        under = "." if name == "shared-core" else "packages"
+        path = self.root / under / name / "src" / name.replace("-", "_") / "__init__.py"
+        path.write_text(f'__version__ = "{version}"\n\n{text}')
 
 
 @pytest.fixture
