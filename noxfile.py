@@ -39,6 +39,8 @@ nox.options.sessions = [
     *(f"tests(package='{name}', device='cpu')" for name, device in SUITES if device == "cpu"),
     "typing",
     "dist",
+    "api",
+    "compat",
     "upgrade",
 ]
 
@@ -114,6 +116,22 @@ def dist(session: nox.Session) -> None:
     install(session, *group("dist"))
     session.run(python(session), str(TOOLS / "check_dist.py"), log=False)
     session.run(python(session), str(TOOLS / "check_core.py"), log=False)
+
+
+@nox.session(tags=["static"])
+def api(session: nox.Session) -> None:
+    """Compare the public names of every distribution with its last release."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "check_api.py"), log=False)
+
+
+@nox.session(tags=["static"])
+def compat(session: nox.Session) -> None:
+    """Run the tests of every released package on the shared-core that is here."""
+    needed = wheels(session, *DISTRIBUTIONS, testing=True)
+    extras = [text for found in DISTRIBUTIONS.values() for text in found.optional]
+    install(session, *needed, *(extras if needed else ()), *group("release"))
+    session.run(python(session), str(TOOLS / "check_compat.py"), log=False)
 
 
 @nox.session(tags=["static"])

@@ -78,6 +78,36 @@ class Repository:
         path.write_text(f'__version__ = "{version}"\n\n{text}')
 
 
+# The plugin that every suite is run with, as far as it is needed.
+PLUGIN = """def pytest_addoption(parser):
+    parser.addoption("--device")
+"""
+
+
+@pytest.fixture
+def released(repository: Repository) -> Repository:
+    """A core and two packages on it, released as 1.0.0."""
+    names = ("shared-core", "a-one", "b-two")
+    repository.add("shared-core", under=".", dependencies='["torch>=2.5"]')
+    text = "__all__ = ['one']\n\nfrom .numbers import one\n"
+    repository.write_source("shared-core", text, "1.0.0")
+    source = repository.root / "shared-core" / "src" / "shared_core"
+    (source / "numbers.py").write_text("def one(plus=0):\n    return 1 + plus\n")
+    (source / "testing").mkdir()
+    (source / "testing" / "__init__.py").touch()
+    (source / "testing" / "plugin.py").write_text(PLUGIN)
+    for name in names[1:]:
+        folder = repository.add(name, dependencies='["shared-core>=1.0.0", "torch>=2.5"]')
+        module = name.replace("-", "_")
+        text = "from shared_core import one\n\n\ndef two():\n    return one() + 1\n"
+        repository.write_source(name, text, "1.0.0")
+        test = f"import {module}\n\n\ndef test_two():\n    assert {module}.two() == 2\n"
+        (folder / "tests" / "test_two.py").write_text(test)
+    shutil.copy(ROOT / ".pytest.ini", repository.root)
+    repository.commit(*(f"{name}-v1.0.0" for name in names))
+    return repository
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Repository:
     return Repository(tmp_path / "repository")

@@ -17,22 +17,14 @@ from graph import Offer, clashes, lower_bound
 if TYPE_CHECKING:
     from conftest import Repository
 
-NEEDS = '["shared-core>=1.0.0", "torch>=2.5"]'
-
 
 @pytest.fixture
-def three(repository: Repository) -> Repository:
-    """A core and two packages, released as 1.0.0 and then changed."""
-    repository.add("shared-core", under=".", dependencies='["torch>=2.5"]')
-    for name in ("a-one", "b-two"):
-        repository.add(name, dependencies=NEEDS)
+def three(released: Repository) -> Repository:
+    """A core and two packages, changed since they were released as 1.0.0."""
     for name in ("shared-core", "a-one", "b-two"):
-        repository.write_source(name, "one = 1\n", "1.0.0")
-    repository.commit("shared-core-v1.0.0", "a-one-v1.0.0", "b-two-v1.0.0")
-    for name in ("shared-core", "a-one", "b-two"):
-        repository.write_source(name, "one = 2\n", "1.0.1")
-    repository.commit()
-    return repository
+        released.write_source(name, "one = 2\n", "1.0.1")
+    released.commit()
+    return released
 
 
 def edit(repository: Repository, name: str, old: str, new: str) -> None:
