@@ -39,6 +39,9 @@ nox.options.sessions = [
     *(f"tests(package='{name}', device='cpu')" for name, device in SUITES if device == "cpu"),
     "typing",
     "dist",
+    "api",
+    "compat",
+    "upgrade",
 ]
 
 
@@ -115,6 +118,29 @@ def dist(session: nox.Session) -> None:
     session.run(python(session), str(TOOLS / "check_core.py"), log=False)
 
 
+@nox.session(tags=["static"])
+def api(session: nox.Session) -> None:
+    """Compare the public names of every distribution with its last release."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "check_api.py"), log=False)
+
+
+@nox.session(tags=["static"])
+def compat(session: nox.Session) -> None:
+    """Run the tests of every released package on the shared-core that is here."""
+    needed = wheels(session, *DISTRIBUTIONS, testing=True)
+    extras = [text for found in DISTRIBUTIONS.values() for text in found.optional]
+    install(session, *needed, *(extras if needed else ()), *group("release"))
+    session.run(python(session), str(TOOLS / "check_compat.py"), log=False)
+
+
+@nox.session(tags=["static"])
+def upgrade(session: nox.Session) -> None:
+    """Prove that each wheel upgrades alone and that every mix of versions resolves."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "check_upgrade.py"), log=False)
+
+
 # With its environment kept, a package's name that is wrong costs nothing.
 @nox.session(reuse_venv=True)
 def demo(session: nox.Session) -> None:
@@ -152,7 +178,7 @@ def pin(session: nox.Session) -> None:
     core = wheel(session, DISTRIBUTIONS[distributions.CORE])
     sources = [str(found.folder / "pyproject.toml") for found in DISTRIBUTIONS.values()]
     sources += map(str, ROOT.glob(DEMO_REQUIREMENTS))
-    groups = ("lint", "typing", "dist", "tools", "compare", "torch")
+    groups = ("lint", "typing", "tools", "audit", "torch")
     options = ["--universal", "--python-version", "3.10", "--all-extras", "--no-annotate"]
     # This find-links replaces the machine's, whose local versions would not exist elsewhere.
     options += ["--find-links", str(core.parent), "--no-emit-package", distributions.CORE]

@@ -74,6 +74,9 @@ def test_the_default_sessions(copy: Path) -> None:
         *(f"tests(package='{name}', device='cpu')" for name in [*names, "tools"]),
         "typing",
         "dist",
+        "api",
+        "compat",
+        "upgrade",
     ]
 
 
