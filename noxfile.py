@@ -62,15 +62,19 @@ def tests(session: nox.Session, package: str, device: str) -> None:
     """Test an installed wheel, away from its source (what follows -- goes to pytest)."""
     if package == "tools":
         suite = TOOLS / "tests"
-        install(session, *everything(session), *group("tools"))
+        install(session, *everything(session), *group("tools"), *group("parallel"))
     else:
         suite = DISTRIBUTIONS[package].folder / "tests"
         needed = wheels(session, package, testing=True)
         # Extras, too: what they make possible is to be tested.
         needed += DISTRIBUTIONS[package].optional if needed else ()
+        needed += group("parallel") if device == "cpu" else ()
         install(session, *needed, own_torch=device == "cpu")
     options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin"]
     options += ["--device", "cuda" if device == "gpu" else "cpu"]
+    if device == "cpu" and session.virtualenv.is_sandboxed:
+        # Each test uses one core; `-- -n0` runs them in one process, as a debugger needs it.
+        options += ["-n", "auto", "--maxprocesses", "4"]
     with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):
         session.run(
             *(python(session), *safe_path(session), "-m", "pytest"),
@@ -178,7 +182,7 @@ def pin(session: nox.Session) -> None:
     core = wheel(session, DISTRIBUTIONS[distributions.CORE])
     sources = [str(found.folder / "pyproject.toml") for found in DISTRIBUTIONS.values()]
     sources += map(str, ROOT.glob(DEMO_REQUIREMENTS))
-    groups = ("lint", "typing", "tools", "audit", "torch")
+    groups = ("lint", "typing", "tools", "parallel", "audit", "torch")
     options = ["--universal", "--python-version", "3.10", "--all-extras", "--no-annotate"]
     # This find-links replaces the machine's, whose local versions would not exist elsewhere.
     options += ["--find-links", str(core.parent), "--no-emit-package", distributions.CORE]
