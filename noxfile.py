@@ -16,13 +16,16 @@ import time
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent
 TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import distributions  # noqa: E402
+import graph  # noqa: E402
 import pip_settings  # noqa: E402
+import releases  # noqa: E402
 
 CONSTRAINTS = TOOLS / "constraints.txt"
 WHEELS = ROOT / ".nox" / "wheels"
@@ -42,6 +45,7 @@ nox.options.sessions = [
     "api",
     "compat",
     "upgrade",
+    "workflows",
 ]
 
 
@@ -69,12 +73,16 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         # Extras, too: what they make possible is to be tested.
         needed += DISTRIBUTIONS[package].optional if needed else ()
         install(session, *needed, own_torch=device == "cpu")
+    run_suite(session, suite, "cuda" if device == "gpu" else "cpu")
+
+
+def run_suite(session: nox.Session, suite: Path, device: str = "cpu") -> None:
+    """Run the tests in a folder on what is installed."""
     options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin"]
-    options += ["--device", "cuda" if device == "gpu" else "cpu"]
-    with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):
+    with tempfile.TemporaryDirectory(prefix="tests-") as folder, session.chdir(folder):
         session.run(
             *(python(session), *safe_path(session), "-m", "pytest"),
-            *(*options, *selected(session, suite)),
+            *(*options, "--device", device, *selected(session, suite)),
             # Where it is set, every one of the many child processes would compile torch anew.
             env={"PYTHONDONTWRITEBYTECODE": ""},
             log=False,
@@ -141,6 +149,60 @@ def upgrade(session: nox.Session) -> None:
     session.run(python(session), str(TOOLS / "check_upgrade.py"), log=False)
 
 
+@nox.session(tags=["static"])
+def workflows(session: nox.Session) -> None:
+    """Check the workflows, and that they run what a bare nox does."""
+    install(session, *group("workflows"))
+    session.run(python(session), str(TOOLS / "check_workflows.py"), *session.posargs, log=False)
+
+
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", PACKAGES)
+def lowest(session: nox.Session, package: str) -> None:
+    """Test a wheel with the lowest versions that it declares, except torch's."""
+    run_at_bounds(session, package, except_for={"torch"})
+
+
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", PACKAGES)
+def lowest_torch(session: nox.Session, package: str) -> None:
+    """Test a wheel with the lowest torch that it declares."""
+    others = {Requirement(text).name for text in DISTRIBUTIONS[package].dependencies} - {"torch"}
+    run_at_bounds(session, package, except_for=others)
+
+
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", list(DISTRIBUTIONS))
+def newest(session: nox.Session, package: str) -> None:
+    """Test a wheel with the newest torch and the newest of everything else."""
+    needed = wheels(session, package, testing=True)
+    needed += DISTRIBUTIONS[package].optional if needed else ()
+    install(session, *needed, constraints=None)
+    run_suite(session, DISTRIBUTIONS[package].folder / "tests")
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Look for known vulnerabilities in what tools/constraints.txt pins (asks PyPI)."""
+    install(session, *group("audit"))
+    session.run("pip-audit", "--disable-pip", "--no-deps", "-r", str(CONSTRAINTS), log=False)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Prepare a release: nox -s release -- DIST BUMP [--write]; a dry run by default."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "release.py"), *session.posargs, log=False)
+
+
+@nox.session
+def assets(session: nox.Session) -> None:
+    """Make the files of a release: nox -s assets -- TAG --url URL --out FOLDER."""
+    install(session, *group("release"))
+    with session.chdir(session.invoked_from):
+        session.run(python(session), str(TOOLS / "assets.py"), *session.posargs, log=False)
+
+
 # With its environment kept, a package's name that is wrong costs nothing.
 @nox.session(reuse_venv=True)
 def demo(session: nox.Session) -> None:
@@ -164,7 +226,7 @@ def bench(session: nox.Session, package: str) -> None:
     against_reference(session, package, "bench.py")
 
 
-@nox.session
+@nox.session(tags=["nightly"])
 @nox.parametrize("package", PACKAGES)
 def parity(session: nox.Session, package: str) -> None:
     """Compare a package with its reference on the same weights and inputs."""
@@ -184,6 +246,28 @@ def pin(session: nox.Session) -> None:
     options += ["--custom-compile-command", "nox -s pin", "--output-file", str(CONSTRAINTS)]
     groups_of_tools = [argument for name in groups for argument in group(name)]
     uv(session, "pip", "compile", *options, *session.posargs, *sources, *groups_of_tools)
+
+
+def run_at_bounds(session: nox.Session, package: str, *, except_for: set[str]) -> None:
+    """Test a wheel with the lower bounds that it declares, except for some."""
+    found = DISTRIBUTIONS[package]
+    pins = [pin for pin in graph.lowest(found) if Requirement(pin).name not in except_for]
+    bounds = {Requirement(pin).name: pin.partition("==")[2] for pin in pins}
+    pins = [pin for pin in pins if Requirement(pin).name != distributions.CORE]
+    with tempfile.TemporaryDirectory() as folder:
+        core = DISTRIBUTIONS[distributions.CORE]
+        for release in releases.released(ROOT, core.name):
+            if str(release.version) == bounds.get(core.name):
+                core = release.unpack(Path(folder))
+        needed = [f"{core.name}[testing] @ {wheel(session, core).as_uri()}"]
+        needed += [f"{package} @ {wheel(session, found).as_uri()}", *found.optional]
+        # What is pinned in two ways could not be installed.
+        lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.partition("==")[0] not in bounds]
+        constraints = Path(folder, "constraints.txt")
+        constraints.write_text("".join(kept), encoding="utf-8")
+        install(session, *needed, *pins, constraints=constraints)
+    run_suite(session, found.folder / "tests")
 
 
 def against_reference(session: nox.Session, package: str, script: str) -> None:
@@ -212,14 +296,20 @@ def device(options: list[str]) -> str:
 
 
 def install(
-    session: nox.Session, *requirements: str, into: str = "python", own_torch: bool = True
+    session: nox.Session,
+    *requirements: str,
+    into: str = "python",
+    own_torch: bool = True,
+    constraints: Path | None = CONSTRAINTS,
 ) -> None:
     """Make an environment hold exactly the requirements, in the versions of the constraints.
 
     `into` is the environment's Python. With `own_torch` false the environment sees the packages
     of the machine, torch among them.
     """
-    options = ["--exact", "--constraints", str(CONSTRAINTS)]
+    options = ["--exact"]
+    if constraints is not None:
+        options += ["--constraints", str(constraints)]
     if into != "python":
         options += ["--python", into]
     with tempfile.TemporaryDirectory() as folder:

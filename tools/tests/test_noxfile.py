@@ -77,6 +77,7 @@ def test_the_default_sessions(copy: Path) -> None:
         "api",
         "compat",
         "upgrade",
+        "workflows",
     ]
 
 
