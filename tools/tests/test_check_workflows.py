@@ -51,7 +51,7 @@ def test_files_that_do_not_fit_their_schemas(root: Path) -> None:
     edit(root, ".github/ISSUE_TEMPLATE/config.yml", "true", "perhaps")
     found = list(schema_faults(root / ".github"))
     assert all(fault.startswith("check-jsonschema: ") for fault in found)
-    files = ("gpu.yml", "'timeout-minutes' is a required", "dependabot.yml", "bug.yml", "config.yml")
+    files = ("gpu.yml", "'timeout-minutes' is", "dependabot.yml", "bug.yml", "config.yml")
     for fault, file in zip(found, files, strict=True):
         assert file in fault
 
