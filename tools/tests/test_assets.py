@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from uv import find_uv_bin
 
 from assets import make
 from building import stub_wheel
@@ -131,6 +132,33 @@ def test_a_stranger_with_a_higher_number_is_not_taken(
     assert found.name == "a_one-1.0.0.dist-info"
     for manifest in (lock, lock.with_name("SHA256SUMS")):
         assert list(verify(manifest, site(python))) == []
+
+
+def install_by_uv(python: Path, lock: Path) -> subprocess.CompletedProcess[str]:
+    outside = {name: text for name, text in os.environ.items() if not name.startswith("UV_")}
+    command = [find_uv_bin(), "pip", "install", "--python", str(python), "--no-cache"]
+    return subprocess.run(
+        [*command, "--no-deps", "-r", str(lock)],
+        env=outside | {"NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_uv_takes_the_lock_file_too(lock: Path, index: Index, python: Path) -> None:
+    assert install_by_uv(python, lock).returncode == 0
+    assert list(verify(lock, site(python))) == []
+    # Where neither address nor hash is known, nothing is proved.
+    (fault,) = verify(lock.with_name("SHA256SUMS"), site(python))
+    assert fault.startswith(f"a-one 1.0.0 came from {index.url}/releases/a-one-v1.0.0/")
+    text = lock.read_text()
+    lock.write_text(text[:-2] + ("0" if text[-2] != "0" else "1") + "\n")
+    shutil.rmtree(site(python))
+    result = install_by_uv(python, lock)
+    assert result.returncode != 0
+    assert "Hash mismatch" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["a-one", "shared-core"])
