@@ -39,8 +39,10 @@ def explain(error: Exception) -> str:
     """One line on an error; of a command that failed, the last line that it wrote."""
     if not isinstance(error, subprocess.CalledProcessError):
         return str(error)
-    written = f"{error.stdout or ''}\n{error.stderr or ''}".rstrip().rpartition("\n")[2]
-    return f"{' '.join(map(str, error.cmd))}: {written or f'status {error.returncode}'}"
+    written = error.stderr or error.stdout or ""
+    text = written if isinstance(written, str) else written.decode(errors="replace")
+    last = text.rstrip().rpartition("\n")[2] or f"status {error.returncode}"
+    return " ".join(map(str, error.cmd)).partition("\n")[0] + f": {last}"
 
 
 def tell(line: str) -> None:

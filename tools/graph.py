@@ -67,3 +67,16 @@ def clashes(chosen: Iterable[Offer], others: Mapping[str, Collection[Version]]) 
                 if not left[need.name]:
                     faults.append(f"{offer} needs {need}, which nothing left for the others is")
     return faults
+
+
+def lowest(distribution: Distribution) -> list[str]:
+    """The lowest version of everything that a distribution and its extras declare.
+
+    Raises ValueError for a requirement without a lower bound.
+    """
+    pins = []
+    for need in map(Requirement, (*distribution.dependencies, *distribution.optional)):
+        if (bound := lower_bound(need)) is None:
+            raise ValueError(f"{distribution.name} declares no lower bound for {need.name}")
+        pins.append(f"{need.name}=={bound}")
+    return pins

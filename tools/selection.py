@@ -45,15 +45,21 @@ def selected(paths: Iterable[str], distributions: list[Distribution]) -> set[str
 
 def sessions(root: Path, tag: str, names: Iterable[str]) -> list[dict[str, Any]]:
     """What nox lists under a tag, without the sessions of packages that are not named."""
-    command = [sys.executable, "-m", "nox", "--list", "--json", "-t", tag]
+    wanted = {None, *names}
+    listed = nox_list(root, "-t", tag)
+    return [session for session in listed if session["call_spec"].get("package") in wanted]
+
+
+def nox_list(root: Path, *options: str) -> list[dict[str, Any]]:
+    """The sessions that nox would run."""
     # Within a session of nox this would name the one to list.
     environment = {name: value for name, value in os.environ.items() if name != "NOXSESSION"}
+    command = [sys.executable, "-m", "nox", "--list", "--json", *options]
     result = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     listed: list[dict[str, Any]] = json.loads(result.stdout)
-    wanted = {None, *names}
-    return [session for session in listed if session["call_spec"].get("package") in wanted]
+    return listed
 
 
 def changes(root: Path, since: str) -> list[str]:

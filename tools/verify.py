@@ -22,7 +22,7 @@ from pathlib import Path
 
 from command import parser, run, status, tell
 
-_LOCKED = re.compile(r"^\S+ @ \S*/(\S+\.whl)#sha256=([0-9a-f]{64})$")
+_LOCKED = re.compile(r"^\S+ @ (\S+/(\S+\.whl))#sha256=([0-9a-f]{64})$")
 _SUMMED = re.compile(r"^([0-9a-f]{64}) [ *](\S+\.whl)$")
 
 
@@ -33,6 +33,8 @@ class Wheel:
     name: str
     version: str
     digest: str
+    url: str | None
+    """Only a lock file names it."""
 
 
 def normal(name: str) -> str:
@@ -56,13 +58,13 @@ def wheels(manifest: Path) -> list[Wheel]:
     found = []
     for line in manifest.read_text(encoding="utf-8").splitlines():
         if locked := _LOCKED.match(line):
-            file, digest = locked.groups()
+            url, file, digest = locked.groups()
         elif summed := _SUMMED.match(line):
-            digest, file = summed.groups()
+            url, (digest, file) = None, summed.groups()
         else:
             continue
         name, version, *_ = file.split("-")
-        found.append(Wheel(normal(name), version, digest))
+        found.append(Wheel(normal(name), version, digest, url))
     if not found:
         raise ValueError(f"{manifest} names no wheel with its SHA-256")
     return found
@@ -80,9 +82,10 @@ def check(manifest: Path, site: Path) -> Iterator[str]:
             yield f"{wheel.name} is {found.version}, not {wheel.version}"
             continue
         origin = json.loads(found.read_text("direct_url.json") or "{}")
-        hashes = origin.get("archive_info", {}).get("hashes", {})
-        if hashes.get("sha256") != wheel.digest:
-            source = origin.get("url", "an index")
+        recorded = origin.get("archive_info", {}).get("hashes", {}).get("sha256")
+        source = origin.get("url", "an index")
+        # Uv compares the hash and does not write it down.
+        if recorded != wheel.digest and (recorded is not None or source != wheel.url):
             yield f"{wheel.name} {wheel.version} came from {source}, not from the wheel named"
         yield from changed_files(wheel.name, found)
 
