@@ -127,7 +127,10 @@ def _values(
         for subject in subjects:
             say(subject.name)
             value = worker(subject.environment).call(
-                "value", limit=effort.limit, title=case.title, name=subject.name
+                "value",
+                limit=case.limit or effort.limit,
+                title=case.title,
+                name=subject.name,
             )
             values[subject.name] = [value]
     return values

@@ -19,6 +19,7 @@ README = HERE.parent / "README.md"
 NAMES = [
     "FeedForward",
     "RelativePositionBias",
+    "differentiate_twice",
     "eval_mode",
     "filter_logits",
     "generate",
@@ -29,6 +30,7 @@ NAMES = [
     "sample",
     "stream",
     "top_k",
+    "transformed",
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from uv import find_uv_bin
 
 import environments
 from distributions import CORE, ROOT, content_key, discover
+from workers import load_module
 
 if TYPE_CHECKING:
     from conftest import Repository
@@ -116,12 +116,7 @@ def test_a_wrong_name_keeps_the_environment_of_the_demo(copy: Path) -> None:
 @pytest.fixture(scope="module")
 def noxfile() -> ModuleType:
     """Our noxfile as a module, of which there can be one only."""
-    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "noxfile.py")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checkpoints import register_key_map
+from .derivatives import differentiate_twice, transformed
 from .generation import generate, next_token_pairs, stream
 from .layers import FeedForward, eval_mode
 from .positions import RelativePositionBias
@@ -14,6 +15,7 @@ __version__ = "1.0.0"
 __all__ = [
     "FeedForward",
     "RelativePositionBias",
+    "differentiate_twice",
     "eval_mode",
     "filter_logits",
     "generate",
@@ -24,4 +26,5 @@ __all__ = [
     "sample",
     "stream",
     "top_k",
+    "transformed",
 ]
