@@ -14,17 +14,17 @@ from pathlib import Path
 import nox
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent
-TOOLS = ROOT / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
-import distributions  # noqa: E402
-import graph  # noqa: E402
-import releases  # noqa: E402
-from environments import (  # noqa: E402
+import distributions
+import graph
+import releases
+from environments import (
     CONSTRAINTS,
     DEMOS,
     DISTRIBUTIONS,
+    ROOT,
+    TOOLS,
     everything,
     group,
     install,
@@ -273,7 +273,7 @@ def run_at_bounds(session: nox.Session, package: str, *, except_for: set[str]) -
                 core = release.unpack(Path(folder))
         needed = [f"{core.name}[testing] @ {wheel(session, core).as_uri()}"]
         needed += [f"{package} @ {wheel(session, found).as_uri()}", *found.optional]
-        # What is pinned in two ways could not be installed, and torch pins much of the rest itself.
+        # What is pinned twice cannot be installed, and torch pins much of the rest itself.
         lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.partition("==")[0] not in bounds]
         constraints = Path(folder, "constraints.txt")

@@ -14,7 +14,7 @@ import nox
 
 import distributions
 import pip_settings
-from distributions import ROOT
+from distributions import ROOT as ROOT
 
 TOOLS = ROOT / "tools"
 CONSTRAINTS = TOOLS / "constraints.txt"

@@ -72,7 +72,7 @@ def test_a_package_is_a_folder_and_nothing_else(copy: Path) -> None:
 
 def test_a_package_without_a_reference_is_compared_with_none(copy: Path) -> None:
     listed = sessions(copy, "-s", "tests", "lowest", "bench", "parity")
-    names = {s["name"] for s in listed if s["call_spec"]["package"] == "throw-away"}
+    names = {s["name"] for s in listed if s["call_spec"].get("package") == "throw-away"}
     assert names == {"tests", "lowest"}
 
 
