@@ -10,12 +10,15 @@ r queries at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from shared_core import differentiate_twice, transformed
 
 # Logits that are worked on at a time: what a core's cache holds, and what keeps an accelerator
 # busy.
@@ -63,7 +66,12 @@ def attend(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if by_distance is not None:
         by_distance = by_distance.to(q.dtype)
-    if not torch.is_grad_enabled() and (q.device.type != "cpu" or q.shape[2] == 1):
+    # Without a bias a CPU's kernel is the faster one in full precision; for one query always.
+    kernel = q.device.type != "cpu" or q.shape[2] == 1
+    kernel |= by_distance is None and q.dtype.itemsize >= 4
+    if transformed(q, k, v, by_distance):
+        out = attend_plain(q, k, v, by_distance, mask, causal)
+    elif kernel and not torch.is_grad_enabled():
         out = attend_kernel(q, k, v, by_distance, mask, causal)
     else:
         out = attend_blocks(q, k, v, by_distance, mask, causal)
@@ -91,7 +99,10 @@ def attend_kernel(
 def full_bias(
     q: Tensor, k: Tensor, by_distance: Tensor | None, mask: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """What is added to all logits, (1 or b, 1 or h, n, m) in the queries' dtype, or None."""
+    """What is added to all logits, (1 or b, 1 or h, n, m) in the queries' dtype, or None.
+
+    A row of nothing else than -inf gives no number, which `attend` replaces.
+    """
     n, m = q.shape[2], k.shape[2]
     bias = None
     if by_distance is not None:
@@ -99,7 +110,7 @@ def full_bias(
     # In the dtype of the queries: with another one the CPU's kernel reads wrong numbers.
     for hidden in _hidden(n, m, mask, causal, q.device):
         base = q.new_zeros(()) if bias is None else bias
-        bias = base.masked_fill(hidden, nothing(q.dtype))
+        bias = base.masked_fill(hidden, -math.inf)
     return bias
 
 
@@ -123,12 +134,25 @@ def attend_plain(
     causal: bool,
 ) -> Tensor:
     """As `attend_blocks`, by differentiable operations on all logits at once."""
-    logits = q @ k.mT
-    if by_distance is not None:
-        logits = logits + biases_by_distance(by_distance, k.shape[2])
-    for hidden in _hidden(q.shape[2], k.shape[2], mask, causal, q.device):
-        logits = logits.masked_fill(hidden, nothing(q.dtype))
-    return logits.softmax(-1) @ v
+    with _without_autocast(q):
+        logits = (q @ k.mT).to(_logits_dtype(q.dtype))
+        if by_distance is not None:
+            # Not windows, whose gradient `torch.func.vmap` takes in a loop, with a warning.
+            queries, keys = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+            logits = logits + by_distance[:, keys + (q.shape[2] - 1 - queries)[:, None]]
+        for hidden in _hidden(q.shape[2], k.shape[2], mask, causal, q.device):
+            logits = logits.masked_fill(hidden, nothing(logits.dtype))
+        return logits.softmax(-1).to(q.dtype) @ v
+
+
+def _without_autocast(like: Tensor) -> torch.autocast:
+    """In a `with` block the dtypes of what comes in decide."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the queries, unless one that takes part could be as low there as what does not."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class _Block(NamedTuple):
@@ -155,8 +179,8 @@ class _Sizes(NamedTuple):
     rows: int
 
 
-def _sizes(q: Tensor, m: int) -> _Sizes:
-    b, h, n, _ = q.shape
+def _sizes(q: Tensor, b: int, m: int) -> _Sizes:
+    h, n = len(q) // b, q.shape[1]
     room = _WORKING_SET if q.device.type == "cpu" else _ACCELERATOR_WORKING_SET
     heads = max(1, room // (n * m))
     if heads >= h:
@@ -172,15 +196,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _blocks(
     q: Tensor,
     k: Tensor,
+    b: int,
     by_distance: Tensor | None,
     mask: Tensor | None,
     causal: bool,
 ) -> Iterator[_Block]:
-    b, h, n, d = q.shape
-    m = k.shape[2]
-    sizes = _sizes(q, m)
-    flat_q, flat_k = q.reshape(b * h, n, d), k.reshape(b * h, m, d)
-    numbers = _numbers(q, m, by_distance, causal)
+    """Of flat queries (b h, n, d) and keys (b h, m, d)."""
+    n, m = q.shape[1], k.shape[1]
+    h = len(q) // b
+    sizes = _sizes(q, b, m)
+    dtype = _logits_dtype(q.dtype)
+    numbers = _numbers(n, m, by_distance, causal, torch.empty(0, dtype=dtype, device=q.device))
     # Batches in turn where a step takes less than all heads of one.
     for batch in range(0, b, max(1, sizes.pairs // h)):
         rows_of = min(b, batch + max(1, sizes.pairs // h))
@@ -191,23 +217,27 @@ def _blocks(
             for start in range(0, n, sizes.rows):
                 stop = min(n, start + sizes.rows)
                 seen = m - n + stop if causal else m
-                logits = _product(flat_q[pairs, start:stop], flat_k[pairs, :seen].mT)
+                logits = _product(q[pairs, start:stop], k[pairs, :seen].mT).to(dtype)
                 each = logits.view(rows_of - batch, -1, stop - start, seen)
                 if tile is not None:
                     each += _window(tile, n - 1 - start, stop - start, seen)
                 if mask is not None:
                     hidden = ~mask[batch:rows_of, None, None, :seen]
-                    each.masked_fill_(hidden, nothing(q.dtype))
-                yield _Block(pairs, slice(start, stop), seen, heads, logits.softmax(-1))
+                    each.masked_fill_(hidden, nothing(dtype))
+                weights = logits.softmax(-1).to(q.dtype)
+                yield _Block(pairs, slice(start, stop), seen, heads, weights)
 
 
-def _numbers(q: Tensor, m: int, by_distance: Tensor | None, causal: bool) -> Tensor | None:
+def _numbers(
+    n: int, m: int, by_distance: Tensor | None, causal: bool, like: Tensor
+) -> Tensor | None:
     """Biases by distance (1 or h, n + m - 1), with what a causal query may not see among them."""
-    n = q.shape[2]
     if not causal:
         return by_distance
-    numbers = q.new_zeros(1, n + m - 1) if by_distance is None else by_distance.clone()
-    numbers[:, m:] = nothing(q.dtype)
+    numbers = like.new_zeros(1, n + m - 1)
+    if by_distance is not None:
+        numbers = by_distance.to(like.dtype, copy=True)
+    numbers[:, m:] = nothing(like.dtype)
     return numbers
 
 
@@ -237,9 +267,11 @@ def attend_blocks(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_()
-    flat_out, flat_v = out.view(-1, *q.shape[2:]), v.reshape(-1, *v.shape[2:])
-    for block in _blocks(q, k, by_distance, mask, causal):
-        flat_out[block.pairs, block.rows] = torch.bmm(block.weights, flat_v[block.pairs, : block.m])
+    q3, k3, v3 = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    flat = out.view(q3.shape)
+    with _without_autocast(q):
+        for block in _blocks(q3, k3, len(q), by_distance, mask, causal):
+            flat[block.pairs, block.rows] = torch.bmm(block.weights, v3[block.pairs, : block.m])
     return out
 
 
@@ -268,7 +300,7 @@ def _attend_backward(
         for x in grads:
             x.zero_()
         return grads
-    n = q.shape[2]
+    b, _, n, _ = q.shape
     grad, q3, k3, v3 = (x.reshape(-1, *x.shape[2:]) for x in (grad, q, k, v))
     grad_q = grads[0].view(q3.shape)
     # Sums over blocks of queries: in half precision each addition would round. Transposed, since
@@ -277,21 +309,22 @@ def _attend_backward(
     totals = [x.new_zeros(len(x), x.shape[2], x.shape[1], dtype=wide) for x in (k3, v3)]
     total_biases = torch.zeros_like(grads[3], dtype=wide)
     skewed = torch.empty(0)
-    for block in _blocks(q, k, by_distance, mask, causal):
-        pairs, rows, keys = block.pairs, block.rows, slice(0, block.m)
-        asked = grad[pairs, rows]
-        totals[1][pairs, :, keys] += _product(asked.mT, block.weights)
-        worth = _product(asked, v3[pairs, keys].mT)
-        logits = torch.ops.aten._softmax_backward_data(worth, block.weights, -1, q.dtype)
-        grad_q[pairs, rows] = _product(logits, k3[pairs, keys])
-        totals[0][pairs, :, keys] += _product(q3[pairs, rows].mT, logits)
-        if by_distance is not None:
-            each = logits.view(-1, block.heads.stop - block.heads.start, *logits.shape[1:])
-            each = each[0] if len(each) == 1 else each.sum(0)
-            skewed = _skew(each, skewed)
-            sums = skewed.new_ones(1, skewed.shape[1]) @ skewed
-            first = n - rows.stop
-            total_biases[block.heads, first : first + sums.shape[2]] += sums[:, 0]
+    with _without_autocast(q):
+        for block in _blocks(q3, k3, b, by_distance, mask, causal):
+            pairs, rows, keys = block.pairs, block.rows, slice(0, block.m)
+            asked = grad[pairs, rows]
+            totals[1][pairs, :, keys] += _product(asked.mT, block.weights)
+            worth = _product(asked, v3[pairs, keys].mT)
+            logits = torch.ops.aten._softmax_backward_data(worth, block.weights, -1, q.dtype)
+            grad_q[pairs, rows] = _product(logits, k3[pairs, keys])
+            totals[0][pairs, :, keys] += _product(q3[pairs, rows].mT, logits)
+            if by_distance is not None:
+                each = logits.view(-1, block.heads.stop - block.heads.start, *logits.shape[1:])
+                each = each[0] if len(each) == 1 else each.sum(0)
+                skewed = _skew(each, skewed)
+                sums = skewed.new_ones(1, skewed.shape[1]) @ skewed
+                first = n - rows.stop
+                total_biases[block.heads, first : first + sums.shape[2]] += sums[:, 0]
     grads[1].view(k3.shape).copy_(totals[0].mT)
     grads[2].view(v3.shape).copy_(totals[1].mT)
     grads[3].copy_(total_biases)
@@ -350,20 +383,16 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_twice(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients, by all logits at once."""
-    grad, *rest, mask = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_() for x in (grad, *rest)
-        ]
-        q, k, v, by_distance = leaves[1:]
-        out = attend_plain(q, k, v, by_distance, mask, ctx.causal)
-        inputs = [x for x in leaves[1:] if x is not None]
-        first = torch.autograd.grad(out, inputs, leaves[0], create_graph=True)
-        wanted = [x for x in leaves if x is not None]
-        second = iter(
-            torch.autograd.grad(first, wanted, cotangents[: len(inputs)], allow_unused=True)
-        )
-    return (*(None if x is None else next(second) for x in leaves), None, None)
+    grad, *inputs, mask = ctx.saved_tensors
+    # The gradient of no biases is empty, and nothing depends on it.
+    given = [y if x is not None else None for x, y in zip(inputs, cotangents, strict=True)]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, by_distance: Tensor | None) -> Tensor:
+        return attend_plain(q, k, v, by_distance, mask, ctx.causal)
+
+    with _without_autocast(grad):
+        found = differentiate_twice(plain, inputs, grad, given)
+    return (*found, None, None)
 
 
 torch.library.register_autograd("memformer::attend", _differentiate, setup_context=_save_forward)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from memformer.attention import attend
 from memformer.checks import (
     check_dropout,
+    check_dtype,
     check_heads,
     check_length,
     check_mask,
@@ -294,11 +295,17 @@ class Decoder(Blocks):
         """
         return self.run(x, context, src_mask, tgt_mask)
 
+    @torch.no_grad()
     def init_state(
         self, batch: int, room: int, context: Tensor | None = None, tgt_mask: Tensor | None = None
     ) -> DecoderState:
-        """The state before the first token of `batch` sequences of up to `room` tokens."""
+        """The state before the first token of `batch` sequences of up to `room` tokens.
+
+        Without gradients, as `step`, which writes in place.
+        """
         check_positive(batch=batch, room=room)
+        if self.legacy and context is None:
+            raise ValueError("a legacy decoder without a context attends to all tokens at once")
         weight = self.rel_pos_emb.relative_attention_bias.weight
         if context is not None:
             check_vectors("context", context, self.dim, batch)
@@ -314,18 +321,22 @@ class Decoder(Blocks):
                 for k, v in (layer.cross_attn.body.keys_values(context) for layer in self._layers())
             ]
         heads = weight.shape[1]
+        # Of the dtype that comes out of a projection, under autocast too.
+        body = next(self._layers()).self_attn.body
+        like, _ = body.keys_values(weight.new_zeros(1, 1, self.dim))
         shape = (batch, heads, room, self.dim // heads)
         return DecoderState(
-            tuple(weight.new_empty(shape) for _ in self.layers),
-            tuple(weight.new_empty(shape) for _ in self.layers),
+            tuple(like.new_empty(shape) for _ in self.layers),
+            tuple(like.new_empty(shape) for _ in self.layers),
             tuple(k for k, _ in crossed),
             tuple(v for _, v in crossed),
             None,
             tgt_mask,
-            self.by_distance(room, room),
+            self.by_distance(room, room).to(like.dtype),
             0,
         )
 
+    @torch.no_grad()
     def step(
         self, x: Tensor, state: DecoderState, mask: Tensor | None = None
     ) -> tuple[Tensor, DecoderState]:
@@ -372,7 +383,8 @@ class TransformerWrapper(nn.Module):
         dropout: of the embeddings.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, `layer_blocks` has another width, or a new option
+            meets legacy ones.
     """
 
     def __init__(
@@ -391,6 +403,11 @@ class TransformerWrapper(nn.Module):
         check_dropout(dropout)
         if tie_embeddings and not return_logits:
             raise ValueError("tie_embeddings needs return_logits=True, got return_logits=False")
+        width = getattr(layer_blocks, "dim", dim)
+        if width != dim:
+            raise ValueError(f"dim must be that of layer_blocks, got {dim} and {width}")
+        if getattr(layer_blocks, "legacy", False):
+            check_legacy_options(tie_embeddings=not tie_embeddings, dropout=dropout == 0.0)
         super().__init__()
         self.max_seq_len: int = max_seq_len
         self.token_emb: nn.Embedding = nn.Embedding(num_tokens, dim)
@@ -450,6 +467,7 @@ class TransformerWrapper(nn.Module):
             n = x.shape[1]
         elif inputs_embeds is not None:
             check_vectors("inputs_embeds", inputs_embeds, self.token_emb.embedding_dim, batch)
+            check_dtype("inputs_embeds", inputs_embeds, self.token_emb.weight)
             n = inputs_embeds.shape[1]
         if not self.legacy:
             check_length(name, n, self.max_seq_len)
