@@ -152,6 +152,10 @@ def test_rows_that_end_before_others_answer_as_they_do_alone(
         alone = model.generate(src[i : i + 1, :n], 6, prompt=one, return_mem=True, **options)
         assert torch.equal(found.tokens[i], alone.tokens[0])
         torch.testing.assert_close(found.mem[i], alone.mem[0])
+    read = model.encode(src, None, mask)
+    for i, n in enumerate(lengths):
+        alone = model.encode(src[i : i + 1, :n])
+        torch.testing.assert_close(read.enc_out[i, read.mask[i]], alone.enc_out[0])
     # Where no segment has a token, there is nothing to attend to.
     nothing = model.generate(src, 6, prompt=prompt, src_mask=mask & (mask[:, -1:]), **options)
     expected = model.decoder.generate(

@@ -135,7 +135,7 @@ def test_rows_that_end_before_others(
     mask[0, N:] = False
     mask[1, 3 * N :] = False
     resets = torch.zeros(2, SEGMENTS, dtype=torch.bool, device=src.device)
-    resets[1, 4] = True
+    resets[1, 3] = True
     model = make_model(writer=writer)
     options = {"truncation": truncation, "resets": resets}
     expected = at_once(model, src, tgts, mask, **options)
@@ -173,8 +173,8 @@ def test_masks_of_some_segments_alone(make_model: MakeModel, tokens: Tokens) -> 
     model = make_model()
     srcs = [tokens(2, n, seed=n) for n in (9, 4, 6, 3)]
     hidden = torch.tensor([[True], [False]], device=srcs[0].device)
-    masks = [None, hidden.expand(2, 4), None, hidden.expand(2, 3)]
-    tgts = [tokens(2, 5, seed=i) for i in range(4)]
+    masks = [None, None, hidden.expand(2, 6), hidden.expand(2, 3)]
+    tgts = [tokens(2, 5, seed=0), None, None, tokens(2, 5, seed=3)]
     context, mem, total = None, None, torch.zeros((), dtype=torch.float64, device=hidden.device)
     for src, tgt, mask in zip(srcs, tgts, masks, strict=True):
         out = model(src, tgt, mem, mask, earlier=context)
@@ -246,7 +246,7 @@ def test_what_a_loss_function_draws_is_another_for_each_segment(
         drawn.append(float(torch.rand(())))
         return out.dec_out
 
-    memory_replay_backprop(make_model(dropout=0.3), src, tgts, loss_fn=loss_fn)
+    memory_replay_backprop(make_model(), src, tgts, loss_fn=loss_fn)
     assert len(set(drawn)) == SEGMENTS
 
 
