@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memformer import attention
+from memformer import attention, blocks
 from shared_core.testing import assert_compiles, assert_same_gradients
 
 SIZES = st.integers(1, 6)
@@ -63,12 +63,12 @@ def test_blocks_equal_loops(
     m = n + more if causal else max(1, n + more - 2)
     mask = torch.rand(b, m) < 0.6 if masked else None
     given = inputs(b, h, n, m, device)[: 4 if biased else 3]
-    before = attention._WORKING_SET
-    attention._WORKING_SET = room
+    before = blocks.WORKING_SET
+    blocks.WORKING_SET = room
     try:
         assert_same_gradients(blocked(mask, causal), plain(mask, causal), given)
     finally:
-        attention._WORKING_SET = before
+        blocks.WORKING_SET = before
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_blocks_equal_loops(
 def test_many_blocks_of_queries(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, n: int, m: int, causal: bool
 ) -> None:
-    monkeypatch.setattr(attention, "_WORKING_SET", 64 * m)
-    monkeypatch.setattr(attention, "_ACCELERATOR_WORKING_SET", 64 * m)
+    monkeypatch.setattr(blocks, "WORKING_SET", 64 * m)
+    monkeypatch.setattr(blocks, "ACCELERATOR_WORKING_SET", 64 * m)
     mask = torch.rand(2, m, device=device) < 0.8
     mask[:, 0] = True
     given = inputs(2, 3, n, m, device)

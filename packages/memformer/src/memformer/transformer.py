@@ -5,12 +5,13 @@ Shapes: b batch, n tokens, m tokens of the context, d model width, h heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memformer.attention import attend
 from memformer.checks import (
@@ -26,7 +27,22 @@ from memformer.checks import (
 )
 from memformer.legacy import LAYER_KEYS, attend_legacy, check_legacy_options
 from memformer.state import DecoderState
-from shared_core import FeedForward, RelativePositionBias, register_key_map
+from shared_core import FeedForward, RelativePositionBias, register_key_map, transformed
+
+Result = TypeVar("Result")
+
+
+def lightly(function: Callable[[Tensor], Result], x: Tensor, *, draws: bool = False) -> Result:
+    """function(x), of which nothing but x is kept for the gradient.
+
+    It is run again, up to the last operation that keeps something, which is not: for functions that
+    end with a product, before which there are cheap operations. `draws`: it draws random numbers.
+    """
+    # A compiler decides for itself, and a transform has no use for what is kept.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed(x):
+        return function(x)
+    found: Result = checkpoint(function, x, use_reentrant=False, preserve_rng_state=draws)
+    return found
 
 
 class Attention(nn.Module):
@@ -69,6 +85,14 @@ class AttentionLayer(nn.Module):
         self.body: Attention = Attention(dim, heads)
         self.dropout: nn.Dropout = nn.Dropout(dropout)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """Of the norm of x, (b, n, d) -> (b, h, n, d / h)."""
+        return lightly(lambda x: self.body.queries(self.norm(x)), x)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the norm of x, (b, n, d) -> (b, h, n, d / h) each."""
+        return lightly(lambda x: self.body.keys_values(self.norm(x)), x)
+
     def add(self, x: Tensor, found: Tensor) -> Tensor:
         """x (b, n, d) and what the heads have found, (b, h, n, d / h)."""
         out: Tensor = x + self.dropout(self.body.merge(found))
@@ -86,7 +110,13 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        out: Tensor = x + self.dropout(self.body(self.norm(x)))
+        hidden = lightly(lambda x: self.body.inner(self.norm(x)), x)
+        draws = self.training and self.body.dropout.p > 0.0
+        out: Tensor = x + self.dropout(lightly(self._outer, hidden, draws=draws))
+        return out
+
+    def _outer(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.body.outer(self.body.dropout(F.gelu(hidden)))
         return out
 
 
@@ -167,9 +197,9 @@ class Blocks(nn.Module):
         context = self._prepare(context, context_mask)
         by_distance = self.by_distance(x.shape[1], x.shape[1])
         for layer in self._layers():
-            body, normed = layer.self_attn.body, layer.self_attn.norm(x)
-            k, v = body.keys_values(normed)
-            found = attend(body.queries(normed), k, v, by_distance, mask, causal=self.causal)
+            k, v = layer.self_attn.keys_values(x)
+            q = layer.self_attn.queries(x)
+            found = attend(q, k, v, by_distance, mask, causal=self.causal)
             x = layer.self_attn.add(x, found)
             if context is not None:
                 k, v = layer.cross_attn.body.keys_values(context)
@@ -179,7 +209,7 @@ class Blocks(nn.Module):
 
     def _cross(self, layer: Layer, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         cross = layer.cross_attn
-        return cross.add(x, attend(cross.body.queries(cross.norm(x)), k, v, None, mask))
+        return cross.add(x, attend(cross.queries(x), k, v, None, mask))
 
     def _prepare(self, context: Tensor | None, mask: Tensor | None) -> Tensor | None:
         if context is None:
