@@ -109,7 +109,8 @@ def _hidden(
     n: int, m: int, mask: Tensor | None, causal: bool, device: torch.device
 ) -> Iterator[Tensor]:
     """Logits that take no part, each (1 or b, 1, 1 or n, m)."""
-    if causal:
+    # From a single query, the last one, nothing is hidden.
+    if causal and n > 1:
         keys = torch.arange(m, device=device)
         yield (keys > keys[m - n :, None])[None, None]
     if mask is not None:
