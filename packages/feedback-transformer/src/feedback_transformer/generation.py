@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from feedback_transformer.feedback import Context, bias_table, run_plain
 from feedback_transformer.packing import Matrix, multiply, pack
 from feedback_transformer.sequence import Run
+from feedback_transformer.state import Memory
 from feedback_transformer.weights import Sizes, Weights
 from feedback_transformer.window import Window
 from shared_core import RelativePositionBias
@@ -28,14 +29,13 @@ class Stepper:
         weights: Weights,
         sizes: Sizes,
         context: list[Context] | None,
+        memory: Memory | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        self._embed, self._positions, self._norm, self._to_logits = (
-            embed,
-            positions,
-            norm,
-            to_logits,
-        )
+        self._embed, self._positions = embed, positions
+        self._norm, self._to_logits = norm, to_logits
         self._weights, self._sizes, self._context = weights, sizes, context
+        self._memory, self._mask = memory, mask
         self._laid_out: Weights | None = None
         self._logits: Matrix = to_logits.weight
         self._table: Tensor | None = None
@@ -43,10 +43,12 @@ class Stepper:
     def __call__(self, tokens: Tensor, window: Window | None) -> tuple[Tensor, Window]:
         x = self._embed(tokens)
         if window is None:
-            window = Window.of(None, x, len(self._weights.layers), self._sizes)
-            table = self._biases(x.shape[1])
+            if self._mask is not None:
+                x = x.masked_fill(~self._mask[..., None], 0.0)
+            window = Window.of(self._memory, x, len(self._weights.layers), self._sizes)
+            table = self._biases(window.most_slots(x.shape[1], self._sizes))
             run = Run(self._weights, self._sizes, table, self._context)
-            x, window = run.all(x, window)
+            x, window = run.all(x, window, self._mask)
             window = window.wide()
         else:
             if self._laid_out is None:

@@ -7,6 +7,8 @@ has a layout that is read at full speed, which torch uses for compiled graphs wi
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,15 +51,28 @@ def can_pack(weight: Tensor, rows: int) -> bool:
     """Whether packing this weight for so many rows is possible here, and worth while."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
         and 1 <= rows <= LARGEST
         # Smaller ones stay in a cache, where the layout does not matter.
         and weight.numel() >= 2**16
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and bool(torch.backends.mkldnn.enabled)
+        and _has_products(weight.dtype)
     )
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether this build and this processor have packed products of a type: by a trial."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    weight = torch.eye(32, dtype=dtype)
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        return torch.equal(Packed(weight)(weight), weight)
+    # AttributeError: an operation that this build does not have.
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def pack(weight: Tensor, rows: int) -> Matrix:
