@@ -22,6 +22,7 @@ from feedback_transformer.feedback import run_piece
 from feedback_transformer.fused_backward import backward_pass
 from feedback_transformer.fused_forward import forward_pass
 from feedback_transformer.layout import Activations, Shape, matrix, unflatten
+from feedback_transformer.packing import Packs
 from feedback_transformer.weights import Sizes, Weights
 from feedback_transformer.window import Window
 from shared_core import transformed
@@ -48,8 +49,12 @@ def run_fused(
     table: Tensor,
     window: Window,
     mask: Tensor | None,
+    packs: Packs | None = None,
 ) -> tuple[Tensor, Window]:
-    """`run_plain` for whole segments and a window without an open one."""
+    """`run_plain` for whole segments and a window without an open one.
+
+    Without gradients packed weights are taken from `packs`, and kept there.
+    """
     b, n, _ = x.shape
     m = window.keys.shape[3]
     seen = None
@@ -76,8 +81,13 @@ def run_fused(
         if torch.is_grad_enabled():
             found = _Recurrence.apply(shape, seen, *tensors, *flat)  # type: ignore[no-untyped-call]
         else:
-            found = forward_pass(shape, seen, *tensors, flat, save=False)[:3]
-    # Where nothing is kept for a way back, slots are wider than half precision.
+            if x.device.type == "cpu" and x.dtype.itemsize < 4:
+                # All but the large products are slow there in half precision.
+                *rest, key_value, mix = tensors
+                first, before, after, biases = (y.float() for y in rest)
+                tensors = (first, before, after, biases, key_value, mix.float())
+                flat = tuple(y.float() if y.ndim == 1 else y for y in flat)
+            found = forward_pass(shape, seen, *tensors, flat, save=False, packs=packs)[:3]
     out, keys, values = (y.to(x.dtype) for y in found)
     new = (y.unflatten(1, (b, sizes.heads)) for y in (keys, values))
     window = window._replace(

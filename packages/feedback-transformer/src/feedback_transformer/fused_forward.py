@@ -18,6 +18,7 @@ from feedback_transformer.layout import (
     product,
     unflatten,
 )
+from feedback_transformer.packing import Packs
 from feedback_transformer.weights import LayerWeights
 
 Result = tuple[Tensor, Tensor, Tensor, Activations | None]
@@ -36,6 +37,7 @@ def forward_pass(
     flat: tuple[Tensor, ...],
     *,
     save: bool,
+    packs: Packs | None = None,
 ) -> Result:
     """States (n, b, d) of the last layer, keys and values of slots, and activations if wanted.
 
@@ -46,10 +48,11 @@ def forward_pass(
         table: (h, s, m') biases.
         flat: the memory's norm, if there is one, and the parameters of all layers.
         save: whether activations are wanted.
+        packs: packed weights of earlier calls, or None.
     """
     norm, layers = unflatten(flat, shape)
     forward = _Forward(shape, seen, x, (keys, values), table, layers, save)
-    forward.weights = lay_out(layers, key_value, shape, transposed=False)
+    forward.weights = lay_out(layers, key_value, shape, transposed=False, packs=packs)
     out = torch.empty_like(x)
     for k in range(shape.segments):
         states = forward.segment(k, x)
@@ -99,15 +102,12 @@ class _Forward:
     ) -> None:
         self.shape, self.seen, self.layers = shape, seen, layers
         sizes, b = shape.sizes, shape.rows
-        # Attention in half precision is slow on the CPU. The way back needs what it was.
-        halved = x.device.type == "cpu" and x.dtype.itemsize < 4 and not save
         self.slots = x.new_empty(
-            (2, sizes.groups, b * sizes.heads, shape.slots + shape.tokens, sizes.dim_head),
-            dtype=torch.float32 if halved else x.dtype,
+            2, sizes.groups, b * sizes.heads, shape.slots + shape.tokens, sizes.dim_head
         )
         for slots, before in zip(self.slots, memory, strict=True):
             slots[:, :, : shape.slots] = before
-        self.table = table.repeat(b, 1, 1).to(self.slots.dtype)
+        self.table = table.repeat(b, 1, 1)
         self.weights: Matrices
         self.saved = _allocate(shape, x, matrix(layers[0].inner).shape[0], self.slots, save)
         self.shares: list[Tensor] = []
@@ -172,11 +172,11 @@ class _Forward:
         if shape.inside:
             own = product(hidden, self.weights.own[group], dtype)
             seen.places[group].copy_(own.view(s, -1, 2, e).permute(2, 1, 0, 3))
-        by_head = query.view(s, -1, e).transpose(0, 1).to(self.slots.dtype)
+        by_head = query.view(s, -1, e).transpose(0, 1)
         share, factors, found = _attend(
             by_head, seen.keys[group], seen.values[group], seen.bias, seen.keep, sizes.attn_dropout
         )
-        found = found.transpose(0, 1).reshape(query.shape).to(y.dtype)
+        found = found.transpose(0, 1).reshape(query.shape)
         middle = y
         if seen.alive is not None:
             shift = seen.alive.reshape(-1, 1) * layer.out_bias

@@ -25,6 +25,7 @@ from feedback_transformer.feedback import Context, bias_table, context_keys
 from feedback_transformer.generation import Stepper
 from feedback_transformer.layers import Layer
 from feedback_transformer.legacy import KEY_MAP, check_legacy_options, run_legacy
+from feedback_transformer.packing import Packs
 from feedback_transformer.sequence import Run
 from feedback_transformer.state import Memory, as_memory
 from feedback_transformer.weights import ContextWeights, Sizes, Weights
@@ -122,6 +123,7 @@ class FeedbackTransformer(nn.Module):
         self.layer_weight: nn.Parameter = nn.Parameter(torch.ones(depth + 1))
         self.norm: nn.LayerNorm = nn.LayerNorm(dim)
         self.to_logits: nn.Linear = nn.Linear(dim, num_tokens)
+        self._packs: Packs = Packs()
         register_key_map(self, KEY_MAP)
 
     def forward(
@@ -197,7 +199,10 @@ class FeedbackTransformer(nn.Module):
             # A pass must give the same where it is given the same.
             dropping = sizes.attn_dropout > 0.0 or sizes.ff_dropout > 0.0
             jacobi = solver == "jacobi" and not torch.is_grad_enabled() and not dropping
-            run = Run(weights, sizes, table, contexts, jacobi)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # Weights that are learnt change with each step.
+                self._packs.clear()
+            run = Run(weights, sizes, table, contexts, jacobi, self._packs)
             states, window = run.all(states, window, mask, detach_every, checkpoint_every)
             left = window.memory()
         states = self.norm(states)
@@ -235,7 +240,7 @@ class FeedbackTransformer(nn.Module):
             TypeError, ValueError: a prompt or number is out of range.
         """
         return generate(
-            self._stepper(prompt, memory, mask, context, context_mask),
+            self._stepper(prompt, length, memory, mask, context, context_mask),
             prompt,
             length,
             temperature=temperature,
@@ -272,7 +277,7 @@ class FeedbackTransformer(nn.Module):
             TypeError, ValueError: as `generate`, by the call and not by the first `next`.
         """
         return stream(
-            self._stepper(prompt, memory, mask, context, context_mask),
+            self._stepper(prompt, length, memory, mask, context, context_mask),
             prompt,
             length,
             temperature=temperature,
@@ -355,6 +360,7 @@ class FeedbackTransformer(nn.Module):
     def _stepper(
         self,
         prompt: Tensor,
+        length: int,
         memory: Memory | Sequence[Tensor] | None,
         mask: Tensor | None,
         context: Tensor | None,
@@ -386,4 +392,6 @@ class FeedbackTransformer(nn.Module):
                 self._contexts(context, context_mask),
                 given,
                 mask,
+                self._packs,
+                length,
             )

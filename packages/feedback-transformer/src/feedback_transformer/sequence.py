@@ -12,6 +12,7 @@ from feedback_transformer.feedback import Context, run_plain
 from feedback_transformer.fused import can_fuse, run_fused
 from feedback_transformer.jacobi import run_jacobi
 from feedback_transformer.layout import matrix
+from feedback_transformer.packing import Packs
 from feedback_transformer.weights import Sizes, Weights
 from feedback_transformer.window import Window
 
@@ -24,6 +25,7 @@ class Run:
         table: of `bias_table`.
         context: of each layer, or None.
         jacobi: whether to try that first.
+        packs: packed weights of earlier calls, or None.
     """
 
     weights: Weights
@@ -31,6 +33,7 @@ class Run:
     table: Tensor
     context: list[Context] | None = None
     jacobi: bool = False
+    packs: Packs | None = None
 
     def all(
         self,
@@ -93,4 +96,4 @@ class Run:
             found = run_jacobi(x, self.weights, self.sizes, self.table, window, mask)
             if found is not None:
                 return found
-        return run_fused(x, self.weights, self.sizes, self.table, window, mask)
+        return run_fused(x, self.weights, self.sizes, self.table, window, mask, self.packs)
