@@ -51,7 +51,7 @@ def by_one_number(model: FeedbackTransformer) -> None:
 
 def by_columns(model: FeedbackTransformer) -> None:
     weight = model.layers[0].ff.outer.weight
-    weight.data.copy_(weight.data.flip(1).clone())
+    weight.data.copy_(weight.data.roll(8, 1))
 
 
 def by_rows(model: FeedbackTransformer) -> None:

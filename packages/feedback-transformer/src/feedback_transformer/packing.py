@@ -29,6 +29,7 @@ class Packed:
         """Lays a weight out; it must not change afterwards."""
         self._dtype: torch.dtype = weight.dtype
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FULL)
+        self._filling: Tensor = weight.new_zeros(FULL, weight.shape[1])
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out) in the type of x, computed in that of the weight."""
@@ -40,7 +41,7 @@ class Packed:
             return self._multiply(x, bias)
         flat = x.detach().reshape(rows, -1)
         if rows < FULL:
-            flat = F.pad(flat, (0, 0, 0, FULL - rows))
+            flat = torch.cat((flat, self._filling[rows:]))
         return self._multiply(flat, bias)[:rows].view(*x.shape[:-1], -1)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
