@@ -22,7 +22,7 @@ from feedback_transformer.feedback import run_piece
 from feedback_transformer.fused_backward import backward_pass
 from feedback_transformer.fused_forward import forward_pass
 from feedback_transformer.layout import Activations, Shape, matrix, unflatten
-from feedback_transformer.packing import Packs
+from feedback_transformer.packing import FEW, Packs
 from feedback_transformer.weights import Sizes, Weights
 from feedback_transformer.window import Window
 from shared_core import transformed
@@ -81,8 +81,8 @@ def run_fused(
         if torch.is_grad_enabled():
             found = _Recurrence.apply(shape, seen, *tensors, *flat)  # type: ignore[no-untyped-call]
         else:
-            if x.device.type == "cpu" and x.dtype.itemsize < 4:
-                # All but the large products are slow there in half precision.
+            if x.device.type == "cpu" and x.dtype.itemsize < 4 and sizes.seq_len * b <= FEW:
+                # As products of so few rows take it; for those of more it had to be halved again.
                 *rest, key_value, mix = tensors
                 first, before, after, biases = (y.float() for y in rest)
                 tensors = (first, before, after, biases, key_value, mix.float())

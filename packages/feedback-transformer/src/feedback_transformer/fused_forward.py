@@ -102,12 +102,15 @@ class _Forward:
     ) -> None:
         self.shape, self.seen, self.layers = shape, seen, layers
         sizes, b = shape.sizes, shape.rows
+        # Attention in half precision is slow on the CPU. The way back needs what it was.
+        halved = x.device.type == "cpu" and x.dtype.itemsize < 4 and not save
         self.slots = x.new_empty(
-            2, sizes.groups, b * sizes.heads, shape.slots + shape.tokens, sizes.dim_head
+            (2, sizes.groups, b * sizes.heads, shape.slots + shape.tokens, sizes.dim_head),
+            dtype=torch.float32 if halved else x.dtype,
         )
         for slots, before in zip(self.slots, memory, strict=True):
             slots[:, :, : shape.slots] = before
-        self.table = table.repeat(b, 1, 1)
+        self.table = table.repeat(b, 1, 1).to(self.slots.dtype)
         self.weights: Matrices
         self.saved = _allocate(shape, x, matrix(layers[0].inner).shape[0], self.slots, save)
         self.shares: list[Tensor] = []
@@ -172,11 +175,11 @@ class _Forward:
         if shape.inside:
             own = product(hidden, self.weights.own[group], dtype)
             seen.places[group].copy_(own.view(s, -1, 2, e).permute(2, 1, 0, 3))
-        by_head = query.view(s, -1, e).transpose(0, 1)
+        by_head = query.view(s, -1, e).transpose(0, 1).to(self.slots.dtype)
         share, factors, found = _attend(
             by_head, seen.keys[group], seen.values[group], seen.bias, seen.keep, sizes.attn_dropout
         )
-        found = found.transpose(0, 1).reshape(query.shape)
+        found = found.transpose(0, 1).reshape(query.shape).to(y.dtype)
         middle = y
         if seen.alive is not None:
             shift = seen.alive.reshape(-1, 1) * layer.out_bias
