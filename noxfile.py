@@ -80,24 +80,20 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         needed += DISTRIBUTIONS[package].optional if needed else ()
         needed += group("parallel") if device == "cpu" else ()
         install(session, *needed, own_torch=device == "cpu")
-    run_suite(session, suite, "cuda" if device == "gpu" else "cpu")
-
-
-def run_suite(session: nox.Session, suite: Path, device: str = "cpu") -> None:
-    """Run the tests in a folder on what is installed."""
-    options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin"]
-<<<<<<< HEAD
-    options += ["--device", "cuda" if device == "gpu" else "cpu"]
+    options = ["--device", "cuda" if device == "gpu" else "cpu"]
     if device == "cpu" and session.virtualenv.is_sandboxed:
         # Each test uses one core; `-- -n0` runs them in one process, as a debugger needs it.
         options += ["-n", "auto", "--maxprocesses", "4"]
-    with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):
-=======
+    run_suite(session, suite, *options)
+
+
+def run_suite(session: nox.Session, suite: Path, *more: str) -> None:
+    """Run the tests in a folder on what is installed."""
+    options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin", *more]
     with tempfile.TemporaryDirectory(prefix="tests-") as folder, session.chdir(folder):
->>>>>>> 1aee216655da2b4aa50dd359ff523f593e3d901a
         session.run(
             *(python(session), *safe_path(session), "-m", "pytest"),
-            *(*options, "--device", device, *selected(session, suite)),
+            *(*options, *selected(session, suite)),
             # Where it is set, every one of the many child processes would compile torch anew.
             env={"PYTHONDONTWRITEBYTECODE": ""},
             log=False,
@@ -254,13 +250,8 @@ def pin(session: nox.Session) -> None:
     """Resolve tools/constraints.txt anew; `-- --upgrade` takes the newest versions."""
     core = wheel(session, DISTRIBUTIONS[distributions.CORE])
     sources = [str(found.folder / "pyproject.toml") for found in DISTRIBUTIONS.values()]
-<<<<<<< HEAD
-    sources += map(str, ROOT.glob(DEMO_REQUIREMENTS))
-    groups = ("lint", "typing", "tools", "parallel", "audit", "torch")
-=======
     sources += map(str, ROOT.glob(DEMOS))
-    groups = ("lint", "typing", "tools", "audit", "torch")
->>>>>>> 1aee216655da2b4aa50dd359ff523f593e3d901a
+    groups = ("lint", "typing", "tools", "parallel", "audit", "torch")
     options = ["--universal", "--python-version", "3.10", "--all-extras", "--no-annotate"]
     # This find-links replaces the machine's, whose local versions would not exist elsewhere.
     options += ["--find-links", str(core.parent), "--no-emit-package", distributions.CORE]
