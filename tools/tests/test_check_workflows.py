@@ -128,4 +128,5 @@ def test_a_plan_that_fails(root: Path) -> None:
 def test_a_form_without_a_package(root: Path) -> None:
     edit(root, ".github/ISSUE_TEMPLATE/bug.yml", "        - memformer\n", "")
     (fault,) = form_faults(root)
-    assert fault.startswith("bug.yml must offer feedback-transformer, h-transformer-1d")
+    assert fault.startswith("bug.yml must offer ")
+    assert "memformer" in fault

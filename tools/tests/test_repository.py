@@ -66,6 +66,13 @@ def test_the_test_command_is_the_readmes() -> None:
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith(line)
 
 
+def test_the_readme_has_a_row_for_every_distribution() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for found in discover():
+        row = f"\n| [{found.name}]({found.folder.relative_to(ROOT)}) | `{found.import_name}` |"
+        assert row in text
+
+
 def test_the_workflow_runs_the_pythons_that_we_name() -> None:
     jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
     pythons = jobs["tests"]["strategy"]["matrix"]["python"]
