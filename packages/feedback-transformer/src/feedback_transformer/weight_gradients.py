@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -76,23 +77,24 @@ class Deltas(NamedTuple):
     normed: Tensor
 
 
+@dataclass(frozen=True)
 class WeightGradients:
-    """The gradients of the weights: each one product over all rows."""
+    """The gradients of the weights: each one product over all rows.
 
-    def __init__(
-        self,
-        shape: Shape,
-        seen: Tensor | None,
-        saved: Activations,
-        deltas: Deltas,
-        layers: list[LayerWeights],
-        attn: list[Statistics],
-        ff: list[Statistics],
-        mixed: Tensor,
-    ) -> None:
-        """Of the norms before attention and feed-forward, and of memory vectors (n, b, d)."""
-        self.shape, self.seen, self.saved, self.deltas = shape, seen, saved, deltas
-        self.layers, self.attn, self.ff, self.mixed = layers, attn, ff, mixed
+    Attributes:
+        seen: (b, m + n) boolean: who takes part; None: all.
+        attn, ff: of each layer the norm before attention, and before the feed-forward layer.
+        mixed: (n, b, d), the memory vectors of which slots are made.
+    """
+
+    shape: Shape
+    seen: Tensor | None
+    saved: Activations
+    deltas: Deltas
+    layers: list[LayerWeights]
+    attn: list[Statistics]
+    ff: list[Statistics]
+    mixed: Tensor
 
     def _outer(self, delta: Tensor, x: Tensor) -> Tensor:
         """(n, b, out) and (n, b, in) -> (out, in)."""
