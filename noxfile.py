@@ -7,28 +7,37 @@ machine that is prepared already, `nox --no-venv --no-install` uses what is inst
 from __future__ import annotations
 
 import argparse
-import functools
-import os
-import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent
-TOOLS = ROOT / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
-import distributions  # noqa: E402
-import pip_settings  # noqa: E402
+import distributions
+import graph
+import releases
+from environments import (
+    CONSTRAINTS,
+    DEMOS,
+    DISTRIBUTIONS,
+    ROOT,
+    TOOLS,
+    everything,
+    group,
+    install,
+    python,
+    safe_path,
+    uv,
+    wheel,
+    wheels,
+)
 
-CONSTRAINTS = TOOLS / "constraints.txt"
-WHEELS = ROOT / ".nox" / "wheels"
-DISTRIBUTIONS = {found.name: found for found in distributions.discover(ROOT)}
 PACKAGES = [name for name in DISTRIBUTIONS if name != distributions.CORE]
-DEMO_REQUIREMENTS = "packages/*/examples/requirements.txt"
+REFERENCE = Path("benchmarks", "reference.txt")
+COMPARED = [name for name in PACKAGES if (DISTRIBUTIONS[name].folder / REFERENCE).is_file()]
 SUITES = [(name, device) for name in DISTRIBUTIONS for device in ("cpu", "gpu")]
 SUITES.append(("tools", "cpu"))
 
@@ -39,6 +48,10 @@ nox.options.sessions = [
     *(f"tests(package='{name}', device='cpu')" for name, device in SUITES if device == "cpu"),
     "typing",
     "dist",
+    "api",
+    "compat",
+    "upgrade",
+    "workflows",
 ]
 
 
@@ -59,16 +72,25 @@ def tests(session: nox.Session, package: str, device: str) -> None:
     """Test an installed wheel, away from its source (what follows -- goes to pytest)."""
     if package == "tools":
         suite = TOOLS / "tests"
-        install(session, *everything(session), *group("tools"))
+        install(session, *everything(session), *group("tools"), *group("parallel"))
     else:
         suite = DISTRIBUTIONS[package].folder / "tests"
         needed = wheels(session, package, testing=True)
         # Extras, too: what they make possible is to be tested.
         needed += DISTRIBUTIONS[package].optional if needed else ()
+        needed += group("parallel") if device == "cpu" else ()
         install(session, *needed, own_torch=device == "cpu")
-    options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin"]
-    options += ["--device", "cuda" if device == "gpu" else "cpu"]
-    with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder, session.chdir(folder):
+    options = ["--device", "cuda" if device == "gpu" else "cpu"]
+    if device == "cpu" and session.virtualenv.is_sandboxed:
+        # Each test uses one core; `-- -n0` runs them in one process, as a debugger needs it.
+        options += ["-n", "auto", "--maxprocesses", "4"]
+    run_suite(session, suite, *options)
+
+
+def run_suite(session: nox.Session, suite: Path, *more: str) -> None:
+    """Run the tests in a folder on what is installed."""
+    options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin", *more]
+    with tempfile.TemporaryDirectory(prefix="tests-") as folder, session.chdir(folder):
         session.run(
             *(python(session), *safe_path(session), "-m", "pytest"),
             *(*options, *selected(session, suite)),
@@ -115,6 +137,83 @@ def dist(session: nox.Session) -> None:
     session.run(python(session), str(TOOLS / "check_core.py"), log=False)
 
 
+@nox.session(tags=["static"])
+def api(session: nox.Session) -> None:
+    """Compare the public names of every distribution with its last release."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "check_api.py"), log=False)
+
+
+@nox.session(tags=["static"])
+def compat(session: nox.Session) -> None:
+    """Run the tests of every released package on the shared-core that is here."""
+    needed = wheels(session, *DISTRIBUTIONS, testing=True)
+    extras = [text for found in DISTRIBUTIONS.values() for text in found.optional]
+    install(session, *needed, *(extras if needed else ()), *group("release"))
+    session.run(python(session), str(TOOLS / "check_compat.py"), log=False)
+
+
+@nox.session(tags=["static"])
+def upgrade(session: nox.Session) -> None:
+    """Prove that each wheel upgrades alone and that every mix of versions resolves."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "check_upgrade.py"), log=False)
+
+
+@nox.session(tags=["static"])
+def workflows(session: nox.Session) -> None:
+    """Check the workflows, and that they run what a bare nox does."""
+    install(session, *group("workflows"))
+    session.run(python(session), str(TOOLS / "check_workflows.py"), *session.posargs, log=False)
+
+
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", PACKAGES)
+def lowest(session: nox.Session, package: str) -> None:
+    """Test a wheel with the lowest versions that it declares, except torch's."""
+    run_at_bounds(session, package, except_for={"torch"})
+
+
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", PACKAGES)
+def lowest_torch(session: nox.Session, package: str) -> None:
+    """Test a wheel with the lowest torch that it declares."""
+    others = {Requirement(text).name for text in DISTRIBUTIONS[package].dependencies} - {"torch"}
+    run_at_bounds(session, package, except_for=others)
+
+
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", list(DISTRIBUTIONS))
+def newest(session: nox.Session, package: str) -> None:
+    """Test a wheel with the newest torch and the newest of everything else."""
+    needed = wheels(session, package, testing=True)
+    needed += DISTRIBUTIONS[package].optional if needed else ()
+    install(session, *needed, constraints=None)
+    run_suite(session, DISTRIBUTIONS[package].folder / "tests")
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Look for known vulnerabilities in what tools/constraints.txt pins (asks PyPI)."""
+    install(session, *group("audit"))
+    session.run("pip-audit", "--disable-pip", "--no-deps", "-r", str(CONSTRAINTS), log=False)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Prepare a release: nox -s release -- DIST BUMP [--write]; a dry run by default."""
+    install(session, *group("release"))
+    session.run(python(session), str(TOOLS / "release.py"), *session.posargs, log=False)
+
+
+@nox.session
+def assets(session: nox.Session) -> None:
+    """Make the files of a release: nox -s assets -- TAG --url URL --out FOLDER."""
+    install(session, *group("release"))
+    with session.chdir(session.invoked_from):
+        session.run(python(session), str(TOOLS / "assets.py"), *session.posargs, log=False)
+
+
 # With its environment kept, a package's name that is wrong costs nothing.
 @nox.session(reuse_venv=True)
 def demo(session: nox.Session) -> None:
@@ -128,18 +227,19 @@ def demo(session: nox.Session) -> None:
     install(session, *wheels(session, package), "-r", str(examples / "requirements.txt"))
     # A path among the options is meant from where the command was typed.
     with session.chdir(session.invoked_from):
-        session.run(python(session), str(examples / "demo.py"), *options, log=False)
+        command = (python(session), str(examples / "demo.py"), *options)
+        session.run(*command, env={"PYTHONPATH": str(TOOLS)}, log=False)
 
 
 @nox.session
-@nox.parametrize("package", PACKAGES)
+@nox.parametrize("package", COMPARED)
 def bench(session: nox.Session, package: str) -> None:
     """Measure a package against its reference and write benchmarks/RESULTS.md."""
     against_reference(session, package, "bench.py")
 
 
-@nox.session
-@nox.parametrize("package", PACKAGES)
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", COMPARED)
 def parity(session: nox.Session, package: str) -> None:
     """Compare a package with its reference on the same weights and inputs."""
     against_reference(session, package, "parity.py")
@@ -150,14 +250,36 @@ def pin(session: nox.Session) -> None:
     """Resolve tools/constraints.txt anew; `-- --upgrade` takes the newest versions."""
     core = wheel(session, DISTRIBUTIONS[distributions.CORE])
     sources = [str(found.folder / "pyproject.toml") for found in DISTRIBUTIONS.values()]
-    sources += map(str, ROOT.glob(DEMO_REQUIREMENTS))
-    groups = ("lint", "typing", "dist", "tools", "compare", "torch")
+    sources += map(str, ROOT.glob(DEMOS))
+    groups = ("lint", "typing", "tools", "parallel", "audit", "torch")
     options = ["--universal", "--python-version", "3.10", "--all-extras", "--no-annotate"]
     # This find-links replaces the machine's, whose local versions would not exist elsewhere.
     options += ["--find-links", str(core.parent), "--no-emit-package", distributions.CORE]
     options += ["--custom-compile-command", "nox -s pin", "--output-file", str(CONSTRAINTS)]
     groups_of_tools = [argument for name in groups for argument in group(name)]
     uv(session, "pip", "compile", *options, *session.posargs, *sources, *groups_of_tools)
+
+
+def run_at_bounds(session: nox.Session, package: str, *, except_for: set[str]) -> None:
+    """Test a wheel with the lower bounds that it declares, except for some."""
+    found = DISTRIBUTIONS[package]
+    pins = [pin for pin in graph.lowest(found) if Requirement(pin).name not in except_for]
+    bounds = {Requirement(pin).name: pin.partition("==")[2] for pin in pins}
+    pins = [pin for pin in pins if Requirement(pin).name != distributions.CORE]
+    with tempfile.TemporaryDirectory() as folder:
+        core = DISTRIBUTIONS[distributions.CORE]
+        for release in releases.released(ROOT, core.name):
+            if str(release.version) == bounds.get(core.name):
+                core = release.unpack(Path(folder))
+        needed = [f"{core.name}[testing] @ {wheel(session, core).as_uri()}"]
+        needed += [f"{package} @ {wheel(session, found).as_uri()}", *found.optional]
+        # What is pinned twice cannot be installed, and torch pins much of the rest itself.
+        lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.partition("==")[0] not in bounds]
+        constraints = Path(folder, "constraints.txt")
+        constraints.write_text("".join([] if "torch" in bounds else kept), encoding="utf-8")
+        install(session, *needed, *pins, constraints=constraints)
+    run_suite(session, found.folder / "tests")
 
 
 def against_reference(session: nox.Session, package: str, script: str) -> None:
@@ -170,7 +292,7 @@ def against_reference(session: nox.Session, package: str, script: str) -> None:
     if session.virtualenv.is_sandboxed:
         theirs = Path(session.virtualenv.location, "reference")
         uv(session, "venv", "--clear", str(theirs))
-        needed = ["-r", str(DISTRIBUTIONS[package].folder / "benchmarks" / "reference.txt")]
+        needed = ["-r", str(DISTRIBUTIONS[package].folder / REFERENCE)]
         interpreter = str(theirs / "bin" / "python")
         install(session, *needed, *group("compare"), into=interpreter, own_torch=own_torch)
         command += ["--reference-python", interpreter]
@@ -183,120 +305,3 @@ def device(options: list[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--device", default="cpu")
     return str(parser.parse_known_args(options)[0].device)
-
-
-def install(
-    session: nox.Session, *requirements: str, into: str = "python", own_torch: bool = True
-) -> None:
-    """Make an environment hold exactly the requirements, in the versions of the constraints.
-
-    `into` is the environment's Python. With `own_torch` false the environment sees the packages
-    of the machine, torch among them.
-    """
-    options = ["--exact", "--constraints", str(CONSTRAINTS)]
-    if into != "python":
-        options += ["--python", into]
-    with tempfile.TemporaryDirectory() as folder:
-        if not own_torch:
-            excluded = Path(folder, "excluded.txt")
-            excluded.write_text("torch\n", encoding="utf-8")
-            options += ["--excludes", str(excluded)]
-        elif any(" @ " in requirement for requirement in requirements):
-            session.log("Installing; the first time torch is downloaded, up to some GB")
-        session.install(*options, *requirements, env=package_sources(session), log=False)
-    if not own_torch and session.virtualenv.is_sandboxed:
-        show_machine(session, into)
-
-
-def show_machine(session: nox.Session, interpreter: str) -> None:
-    """Let an environment import what the Python that runs nox can import."""
-    folders = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
-    lines = [f"import site; site.addsitedir({folder!r})" for folder in folders]
-    find = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
-    own = session.run(interpreter, "-c", find, silent=True, log=False, external=True)
-    Path(str(own), "machine.pth").write_text("\n".join(lines), encoding="utf-8")
-
-
-def wheels(session: nox.Session, *packages: str, testing: bool = False) -> list[str]:
-    """Requirements for the wheels of the packages and of shared-core, built where they changed."""
-    if not session.virtualenv.is_sandboxed:
-        return []
-    names = dict.fromkeys([distributions.CORE, *packages])
-    found = {name: wheel(session, DISTRIBUTIONS[name]) for name in names}
-    return [
-        f"{name}[testing] @ {path.as_uri()}"
-        if testing and name == distributions.CORE
-        else f"{name} @ {path.as_uri()}"
-        for name, path in found.items()
-    ]
-
-
-def everything(session: nox.Session) -> list[str]:
-    """Requirements for every wheel, and for every package's demonstration."""
-    needed = wheels(session, *DISTRIBUTIONS, testing=True)
-    for requirements in ROOT.glob(DEMO_REQUIREMENTS):
-        needed += ["-r", str(requirements)]
-    return needed
-
-
-def wheel(session: nox.Session, distribution: distributions.Distribution) -> Path:
-    """The wheel of a distribution, from the cache unless a file of it changed."""
-    key = distributions.content_key(distribution, CONSTRAINTS)
-    folder = WHEELS / f"{distribution.name}-{key}"
-    if not folder.is_dir():
-        WHEELS.mkdir(parents=True, exist_ok=True)
-        remove_unused(WHEELS)
-        # Built beside its place and moved there whole.
-        with tempfile.TemporaryDirectory(dir=WHEELS) as beside:
-            out = Path(beside, "out")
-            source = str(distribution.folder)
-            uv(session, "build", "--wheel", "-b", str(CONSTRAINTS), "-o", str(out), source)
-            if not out.is_dir():
-                session.error(f"{distribution.name} has changed and is not built: run without -R")
-            try:
-                out.rename(folder)
-            except OSError:
-                # Another run was first, with the same wheel.
-                if not folder.is_dir():
-                    raise
-    os.utime(folder)
-    return next(folder.glob("*.whl"))
-
-
-def remove_unused(folder: Path) -> None:
-    """Remove what lies in a folder and was not used for a day."""
-    for path in folder.iterdir():
-        # What is no folder any more was removed by another run.
-        if path.is_dir() and time.time() - path.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def group(name: str) -> list[str]:
-    """A group of tools/pyproject.toml, as arguments of an install."""
-    return ["--group", f"{TOOLS / 'pyproject.toml'}:{name}"]
-
-
-def uv(session: nox.Session, *arguments: str) -> None:
-    session.run_install("uv", *arguments, env=package_sources(session), silent=True, log=False)
-
-
-def python(session: nox.Session) -> str:
-    """The session's Python, or the one that runs nox where there is no environment."""
-    return "python" if session.virtualenv.is_sandboxed else sys.executable
-
-
-def safe_path(session: nox.Session) -> list[str]:
-    """The option that keeps the working folder off Python's path, which 3.10 does not have."""
-    version = session.python or f"{sys.version_info[0]}.{sys.version_info[1]}"
-    return [] if version == "3.10" else ["-P"]
-
-
-def package_sources(session: nox.Session) -> dict[str, str]:
-    """What uv has to be told of pip's settings."""
-    try:
-        return pip_settings.uv_variables(read_pip_settings(), os.environ)
-    except ValueError as error:
-        session.error(str(error))
-
-
-read_pip_settings = functools.cache(pip_settings.read)

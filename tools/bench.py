@@ -1,6 +1,6 @@
 """Measure a package beside its reference and write packages/<dist>/benchmarks/RESULTS.md.
 
-    python tools/bench.py DIST [--reference-python PATH] [--device cpu|cuda] [--resume] ...
+    python tools/bench.py DIST [--reference-python PATH] [--device DEVICE] [--resume] [options]
 
 What is measured, and what is to be reached, lies in packages/<dist>/benchmarks/bench_cases.py (see
 bench_case.py); reference.txt beside it pins the reference. Our environment is the one that runs
@@ -31,6 +31,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import command
 from bench_case import Case, Subject
 from bench_report import report
 from bench_worker import load_cases
@@ -126,7 +127,10 @@ def _values(
         for subject in subjects:
             say(subject.name)
             value = worker(subject.environment).call(
-                "value", limit=effort.limit, title=case.title, name=subject.name
+                "value",
+                limit=case.limit or effort.limit,
+                title=case.title,
+                name=subject.name,
             )
             values[subject.name] = [value]
     return values
@@ -334,9 +338,7 @@ def fail(console: Console, error: Exception) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "bench.py", description="Measure a package beside its reference."
-    )
+    parser = command.parser(__doc__, root=ROOT)
     parser.add_argument("dist", help="the distribution, a folder under packages/")
     parser.add_argument(
         "--reference-python",
@@ -354,7 +356,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that all runs")
     parser.add_argument("--resume", action="store_true", help="keep what was measured already")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench_cache", metavar="FOLDER")
-    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
     options = parser.parse_args(arguments)
     if options.output is None and not options.only and not options.quick:
         name = "RESULTS.md" if options.device == "cpu" else f"RESULTS-{options.device}.md"

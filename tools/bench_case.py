@@ -70,6 +70,7 @@ class Case:
         flops, traffic: of one unit of our subject: operations, and bytes that have to be moved.
             Where given, results on an accelerator show them beside the device's measured ceilings.
         dtype: of the operations counted by `flops`.
+        limit: seconds after which a value is given up, where it may take longer than others.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Case:
     flops: float = 0.0
     traffic: float = 0.0
     dtype: str = "float32"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         names = [subject.name for subject in self.subjects]

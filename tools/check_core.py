@@ -7,15 +7,14 @@ Exits with 1 and one line a bound that is passed.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import io
-import sys
 import tokenize
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from command import parser, run, status, tell
 from distributions import CORE, ROOT, Distribution, discover
 
 MOST_NAMES = 14
@@ -79,17 +78,15 @@ def check(core: Distribution) -> tuple[str, list[str]]:
     return f"{core.name}: {names} public names, {lines} lines of code", faults
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, default=ROOT, help="the repository to check")
-    core = next(item for item in discover(parser.parse_args().root) if item.name == CORE)
+def main() -> int:
+    root = parser(__doc__, root=ROOT).parse_args().root
+    core = next((item for item in discover(root) if item.name == CORE), None)
+    if core is None:
+        raise ValueError(f"there is no {CORE} in {root}")
     line, faults = check(core)
-    print(line)
-    if faults:
-        sys.exit("\n".join(faults))
+    tell(line)
+    return status(faults)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,10 +8,8 @@ is built from the second sdist; the bytes must be the same. Exits with 1 and one
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,6 +19,8 @@ from collections.abc import Iterator
 from email import message_from_bytes
 from pathlib import Path
 
+from building import copy_tree, hatchling, last_line
+from command import parser, run, status, tell
 from distributions import ROOT, Distribution, discover
 from sbom import FILE_NAME, bill_of_materials
 
@@ -28,13 +28,14 @@ LARGEST = 100_000
 METADATA_VERSION = "2.4"
 
 
-def check(root: Path) -> tuple[list[str], list[str]]:
-    """Returns a line for every distribution, and a line for every fault."""
-    lines: list[str] = []
+def check(root: Path) -> list[str]:
+    """Shows a line for every distribution, and returns one for every fault."""
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as name:
-        first_copy = copy_tree(root, Path(name, "first"), modified=1_000_000_000, mode=0o600)
-        second_copy = copy_tree(root, Path(name, "second", "deeper"), modified=1.7e9, mode=0o644)
+        first_copy = copy_tree(root, Path(name, "first"))
+        make_different(first_copy, modified=1_000_000_000, mode=0o600)
+        second_copy = copy_tree(root, Path(name, "second", "deeper"))
+        make_different(second_copy, modified=1.7e9, mode=0o644)
         for first, second in zip(discover(first_copy), discover(second_copy), strict=True):
             faults += source_faults(first, first_copy / "LICENSE")
             building = first.name
@@ -44,66 +45,35 @@ def check(root: Path) -> tuple[list[str], list[str]]:
                 building = sdist.name
                 again = build_through_sdist(second.folder, Path(name, "two"), hash_seed="2")
             except subprocess.CalledProcessError as error:
-                faults.append(f"{building} does not build: {_last_line(error.stdout)}")
+                faults.append(f"{building} does not build: {last_line(error.stdout)}")
                 continue
             different = [*differences(sdist, again[0]), *differences(wheel, again[1])]
             faults += [f"built twice, {member} differs" for member in different]
             sizes = ", ".join(f"{path.stat().st_size / 1000:.1f} kB" for path in (wheel, sdist))
-            lines.append(f"{wheel.name}: wheel and sdist {sizes}")
-    return lines, faults
-
-
-def copy_tree(root: Path, target: Path, *, modified: float, mode: int) -> Path:
-    """Copy the distributions in `root` as a clone would hold them, with these times and modes."""
-    target.mkdir(parents=True)
-    # Hatchling looks for .gitignore up to the folder that has .git.
-    (target / ".git").mkdir()
-    for name in (".gitignore", "LICENSE"):
-        shutil.copy(root / name, target)
-    ignored = (root / ".gitignore").read_text(encoding="utf-8").splitlines()
-    untracked = shutil.ignore_patterns(".git", *(line.rstrip("/") for line in ignored))
-    for name in ("shared-core", "packages"):
-        if (root / name).is_dir():
-            shutil.copytree(root / name, target / name, ignore=untracked)
-    for path in target.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
-        os.utime(path, (modified, modified))
-    return target
+            tell(f"{wheel.name}: wheel and sdist {sizes}")
+    return faults
 
 
 def build_both(folder: Path, out: Path, *, hash_seed: str) -> tuple[Path, Path]:
     """Build the sdist and the wheel, both from `folder`."""
-    return _hatchling(folder, out, "sdist", hash_seed), _hatchling(folder, out, "wheel", hash_seed)
+    return hatchling(folder, out, "sdist", hash_seed), hatchling(folder, out, "wheel", hash_seed)
 
 
 def build_through_sdist(folder: Path, out: Path, *, hash_seed: str) -> tuple[Path, Path]:
     """Build the sdist from `folder`, and the wheel from that sdist alone."""
-    sdist = _hatchling(folder, out, "sdist", hash_seed)
+    sdist = hatchling(folder, out, "sdist", hash_seed)
     with tarfile.open(sdist) as archive:
         archive.extractall(out, filter="data")
     unpacked = out / sdist.name.removesuffix(".tar.gz")
-    return sdist, _hatchling(unpacked, out, "wheel", hash_seed)
+    return sdist, hatchling(unpacked, out, "wheel", hash_seed)
 
 
-def _hatchling(folder: Path, out: Path, target: str, hash_seed: str) -> Path:
-    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
-    result = subprocess.run(
-        command,
-        cwd=folder,
-        env=os.environ | {"PYTHONHASHSEED": hash_seed},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    # Hatchling names what it built from the folder it ran in.
-    return (folder / _last_line(result.stdout)).resolve()
-
-
-def _last_line(output: str) -> str:
-    return output.rstrip().rpartition("\n")[2]
+def make_different(tree: Path, *, modified: float, mode: int) -> None:
+    """Give every file of a copy these times and modes."""
+    for path in tree.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+        os.utime(path, (modified, modified))
 
 
 def differences(first: Path, second: Path) -> list[str]:
@@ -186,19 +156,9 @@ def _tool_faults(module: str, *arguments: str) -> Iterator[str]:
         yield f"{module}: " + "\n  ".join(told)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, default=ROOT, help="the repository to check")
-    try:
-        lines, faults = check(parser.parse_args().root)
-    except ValueError as error:
-        sys.exit(str(error))
-    print("\n".join(lines))
-    if faults:
-        sys.exit("\n".join(faults))
+def main() -> int:
+    return status(check(parser(__doc__, root=ROOT).parse_args().root))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

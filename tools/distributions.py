@@ -52,11 +52,14 @@ class Distribution:
 def discover(root: Path = ROOT) -> list[Distribution]:
     """shared-core and everything under packages/ that has a pyproject.toml, by name.
 
-    Raises ValueError for a pyproject.toml without name or license, and where a folder and the
-    distribution in it bear different names.
+    Raises ValueError where there is none, for a pyproject.toml without name or license, and where a
+    folder and the distribution in it bear different names.
     """
     folders = [root / CORE, *sorted((root / "packages").glob("*"))]
-    return [_read(folder) for folder in folders if (folder / "pyproject.toml").is_file()]
+    found = [_read(folder) for folder in folders if (folder / "pyproject.toml").is_file()]
+    if not found:
+        raise ValueError(f"there is no distribution in {root}")
+    return found
 
 
 def _read(folder: Path) -> Distribution:

@@ -18,7 +18,6 @@ Prints a table; exits with 1 if anything differs, 2 if nothing could be compared
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command
 from reference import ROOT, Package
 from workers import Worker, WorkerError
 
@@ -226,9 +226,7 @@ def show(title: str, lines: list[Line], verbose: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "parity.py", description="Compare a package with its reference."
-    )
+    parser = command.parser(__doc__, root=ROOT)
     parser.add_argument("dist", help="the distribution, a folder under packages/")
     parser.add_argument(
         "--reference-python",
@@ -239,7 +237,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--verbose", action="store_true", help="whole tracebacks, and how the reference fails"
     )
-    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
     options = parser.parse_args(arguments)
     try:
         package = Package.find(options.root, options.dist, "parity_cases.py")

@@ -1,6 +1,6 @@
 """Write the software bill of materials (CycloneDX) of every distribution.
 
-    python tools/sbom.py
+    python tools/sbom.py [--root FOLDER]
 
 The file depends on pyproject.toml and the version alone, so a build of it can be repeated. Run
 this after a change to either; the dist check says when it was forgotten.
@@ -8,12 +8,12 @@ this after a change to either; the dist check says when it was forgotten.
 
 from __future__ import annotations
 
-import argparse
 import json
 
 from packaging.requirements import Requirement
 
-from distributions import Distribution, discover
+from command import parser, run, tell
+from distributions import ROOT, Distribution, discover
 from files import write_whole
 
 FILE_NAME = "sbom.cdx.json"
@@ -67,15 +67,13 @@ def bill_of_materials(distribution: Distribution) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    for distribution in discover():
+def main() -> int:
+    for distribution in discover(parser(__doc__, root=ROOT).parse_args().root):
         path = distribution.folder / FILE_NAME
         write_whole(path, bill_of_materials(distribution))
-        print(path.relative_to(distribution.folder.parent))
+        tell(str(path.relative_to(distribution.folder.parent)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 TOOLS = Path(__file__).resolve().parents[1]
 ROOT = TOOLS.parent
@@ -16,7 +19,7 @@ sys.path.insert(0, str(TOOLS))
 
 
 class Repository:
-    """A repository with packages of a few lines each."""
+    """A repository with packages of a few lines each, and tags of its own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -47,6 +50,65 @@ class Repository:
         (folder / FILE_NAME).write_text(bill_of_materials(found))
         return folder
 
+    def git(self, *arguments: str) -> str:
+        """Run git as somebody, whatever the machine's settings are."""
+        settings = {"user.name": "A", "user.email": "a@example.org", "commit.gpgsign": "false"}
+        options = [word for pair in settings.items() for word in ("-c", "=".join(pair))]
+        return subprocess.run(
+            ["git", *options, "-c", "tag.gpgsign=false", *arguments],
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout.strip()
+
+    def commit(self, *tags: str) -> str:
+        """Commit all there is under these tags; returns the commit."""
+        if not (self.root / ".git").exists():
+            self.git("init", "--quiet", "--initial-branch", "main")
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message", "Change")
+        for tag in tags:
+            self.git("tag", tag)
+        return self.git("rev-parse", "HEAD")
+
+    def write_source(self, name: str, text: str, version: str = "1.2.3") -> None:
+        """What a package's __init__.py says, after its version."""
+        under = "." if name == "shared-core" else "packages"
+        path = self.root / under / name / "src" / name.replace("-", "_") / "__init__.py"
+        path.write_text(f'__version__ = "{version}"\n\n{text}')
+
+
+# The plugin that every suite is run with, as far as it is needed.
+PLUGIN = """def pytest_addoption(parser):
+    parser.addoption("--device")
+"""
+
+
+@pytest.fixture
+def released(repository: Repository) -> Repository:
+    """A core and two packages on it, released as 1.0.0."""
+    names = ("shared-core", "a-one", "b-two")
+    repository.add("shared-core", under=".", dependencies='["torch>=2.5"]')
+    text = "__all__ = ['one']\n\nfrom .numbers import one\n"
+    repository.write_source("shared-core", text, "1.0.0")
+    source = repository.root / "shared-core" / "src" / "shared_core"
+    (source / "numbers.py").write_text("def one(plus=0):\n    return 1 + plus\n")
+    (source / "testing").mkdir()
+    (source / "testing" / "__init__.py").touch()
+    (source / "testing" / "plugin.py").write_text(PLUGIN)
+    for name in names[1:]:
+        folder = repository.add(name, dependencies='["shared-core>=1.0.0", "torch>=2.5"]')
+        module = name.replace("-", "_")
+        text = "from shared_core import one\n\n\ndef two():\n    return one() + 1\n"
+        repository.write_source(name, text, "1.0.0")
+        test = f"import {module}\n\n\ndef test_two():\n    assert {module}.two() == 2\n"
+        (folder / "tests" / "test_two.py").write_text(test)
+    shutil.copy(ROOT / ".pytest.ini", repository.root)
+    repository.commit(*(f"{name}-v1.0.0" for name in names))
+    return repository
+
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Repository:
@@ -56,3 +118,29 @@ def repository(tmp_path: Path) -> Repository:
 @pytest.fixture(scope="module")
 def shared_repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return Repository(tmp_path_factory.mktemp("shared") / "repository")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the demonstration `demo` of the test's module; returns status, output and errors."""
+
+    def call(*options: object) -> tuple[int, str, str]:
+        arguments = [*map(str, ("--out", tmp_path / "out")), *map(str, options)]
+        try:
+            status = request.module.demo.main(arguments)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call

@@ -26,8 +26,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from demonstration import DemoError
 from distributions import ROOT
 
+TOOLS = ROOT / "tools"
 EXAMPLES = ROOT / "packages" / "h-transformer-1d" / "examples"
 # The demonstration is a script: its modules import each other from the folder they lie in.
 sys.path.insert(0, str(EXAMPLES))
@@ -43,19 +45,14 @@ checkpoints, corpus, demo, processes, progress, report, settings, training = map
 # The demonstration, with a plan (and so a checkpoint) every few steps.
 EAGER = f"""
 import sys
-sys.path.insert(0, {str(EXAMPLES)!r})
+sys.path[:0] = {[str(EXAMPLES), str(TOOLS)]!r}
 import demo, training
 training.PLAN_SECONDS = 0.05
 sys.exit(demo.main())
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +261,7 @@ def test_standard_library_without_source(
         (root / "os.pyc").write_bytes(b"\0")
         (root / "site.py").write_text("pass")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(root))
-    with pytest.raises(corpus.DemoError, match=r"standard library's source is not in .*--corpus"):
+    with pytest.raises(DemoError, match=r"standard library's source is not in .*--corpus"):
         corpus.load(None)
 
 
@@ -296,7 +293,7 @@ def test_a_pass_takes_every_window_once() -> None:
 
 
 def test_too_small_a_corpus() -> None:
-    with pytest.raises(corpus.DemoError, match=r"100 bytes to learn from, at least 129 are needed"):
+    with pytest.raises(DemoError, match=r"100 bytes to learn from, at least 129 are needed"):
         corpus.Windows(b"x" * 100, 32, 3, seed=0)
 
 
@@ -445,7 +442,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(
 
 
 def _stop(*_: object) -> None:
-    raise corpus.DemoError("stopped")
+    raise DemoError("stopped")
 
 
 def test_killed_between_two_renames(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -908,7 +905,7 @@ def test_the_first_process_chooses_the_precision(
         agreement.on_fit_start(trainer, model)
         assert model.settings.precision == "bf16"
     else:
-        with pytest.raises(corpus.DemoError, match="in precision: fp32, not bf16"):
+        with pytest.raises(DemoError, match="in precision: fp32, not bf16"):
             agreement.on_fit_start(trainer, model)
 
 
@@ -923,5 +920,5 @@ def test_texts_are_compared_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -
         world_size=2, strategy=SimpleNamespace(broadcast=lambda precision: precision)
     )
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(corpus.DemoError, match=r"process 1 differs .* in text_sha256"):
+    with pytest.raises(DemoError, match=r"process 1 differs .* in text_sha256"):
         processes.Agreement(model, measured=False).on_fit_start(trainer, model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,26 +42,7 @@ display, recall, peak, demo = load("recall", "peak")
 SMALL = ("--steps", 3, "--batch", 2, "--asked", 3, "--no-peak")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs the demonstration here; returns its exit status, output and errors."""
-
-    def call(*options: object) -> tuple[int, str, str]:
-        try:
-            status = demo.main([*map(str, ("--out", tmp_path / "out")), *map(str, options)])
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return call
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run_shows_a_table_and_a_plot(
@@ -159,10 +139,11 @@ def test_where_memory_cannot_be_told_the_rest_is_shown(
     assert "cannot measure replay over 2 segments" in output
 
 
-def test_help_is_read_by_people() -> None:
-    command = [sys.executable, str(EXAMPLES / "demo.py"), "--help"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "nox -s demo -- memformer" in found.stdout
+def test_help_is_read_by_people(run: Callable[..., Any]) -> None:
+    status, output, errors = run("--help")
+    assert (status, errors) == (0, "")
+    assert "nox -s demo -- memformer" in output
+    assert "--out FOLDER" in output
 
 
 def test_questions_are_about_the_pairs_of_the_first_segment() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from demonstration import DemoError
 from distributions import ROOT
 from workers import load_module
 
@@ -22,33 +22,14 @@ EXAMPLES = ROOT / "packages" / "product-key-memory" / "examples"
 # The demonstration is a script: its modules import each other from the folder they lie in.
 sys.path.append(str(EXAMPLES))
 
-display, facts, miniatures = map(importlib.import_module, ("display", "facts", "miniatures"))
+facts, miniatures = map(importlib.import_module, ("facts", "miniatures"))
 # Another package's demonstration has the name "demo".
 demo = load_module(EXAMPLES / "demo.py")
 
 SMALL = ("--facts", 200, "--steps", 30, "--edits", 40, "--tokens", 300)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs the demonstration here; returns its exit status, output and errors."""
-
-    def call(*options: object) -> tuple[int, str, str]:
-        try:
-            status = demo.main([*map(str, ("--out", tmp_path / "out")), *map(str, options)])
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return call
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run_shows_three_tables(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -113,7 +94,7 @@ def test_a_model_that_stored_nothing_is_refused() -> None:
     model = facts.FactModel(facts.memory())
     # No question has this answer.
     known = known._replace(answers=torch.full((20,), -1))
-    with pytest.raises(facts.DemoError, match="none of 20 facts"):
+    with pytest.raises(DemoError, match="none of 20 facts"):
         miniatures.forgetting(model, known, [], miniatures.fine_tune_all)
 
 
@@ -126,10 +107,11 @@ def test_it_stops_when_asked(run: Callable[..., Any], monkeypatch: pytest.Monkey
     assert (status, errors) == (130, "demo: stopped\n")
 
 
-def test_help_is_read_by_people() -> None:
-    command = [sys.executable, str(EXAMPLES / "demo.py"), "--help"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "nox -s demo -- product-key-memory" in found.stdout
+def test_help_is_read_by_people(run: Callable[..., Any]) -> None:
+    status, output, errors = run("--help")
+    assert (status, errors) == (0, "")
+    assert "nox -s demo -- product-key-memory" in output
+    assert "--out FOLDER" in output
 
 
 def test_multiplications_are_those_that_are_made() -> None:
@@ -177,23 +159,3 @@ def test_chosen_slots_change_no_more_than_they_may() -> None:
     # What is measured is a copy.
     miniatures.forgetting(model, old, lessons, miniatures.fine_tune_all)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-
-
-def test_no_share_is_rounded_up_to_all() -> None:
-    assert display.percent(0.9999) == "<100 %"
-    assert display.percent(1.0) == "100.0 %"
-    assert display.percent(0.99949, 2) == "99.95 %"
-
-
-def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "figures.json"
-    display.write(path, b"first")
-
-    def fail(_: int) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(display.os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        display.write(path, b"second")
-    assert path.read_bytes() == b"first"
-    assert list(tmp_path.iterdir()) == [path]

@@ -35,6 +35,11 @@ def test_refuses_a_folder_with_another_name(repository: Repository) -> None:
         discover(repository.root)
 
 
+def test_a_folder_without_any(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^there is no distribution in .*"):
+        discover(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["[project", "", "[project]\nname = 'throw-away'\n"])
 def test_names_a_project_that_cannot_be_read(repository: Repository, text: str) -> None:
     path = repository.add("throw-away") / "pyproject.toml"

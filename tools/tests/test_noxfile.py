@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from uv import find_uv_bin
 
-from distributions import CORE, ROOT, discover
+import environments
+from distributions import CORE, ROOT, content_key, discover
+from workers import load_module
 
 if TYPE_CHECKING:
     from conftest import Repository
@@ -56,6 +57,8 @@ def sessions(root: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_a_package_is_a_folder_and_nothing_else(copy: Path) -> None:
+    (copy / "packages" / "throw-away" / "benchmarks").mkdir()
+    (copy / "packages" / "throw-away" / "benchmarks" / "reference.txt").touch()
     listed = sessions(copy, "-s", "tests", "bench", "parity")
     calls = [(session["name"], session["call_spec"]) for session in listed]
     for call in (
@@ -67,6 +70,12 @@ def test_a_package_is_a_folder_and_nothing_else(copy: Path) -> None:
         assert call in calls
 
 
+def test_a_package_without_a_reference_is_compared_with_none(copy: Path) -> None:
+    listed = sessions(copy, "-s", "tests", "lowest", "bench", "parity")
+    names = {s["name"] for s in listed if s["call_spec"].get("package") == "throw-away"}
+    assert names == {"tests", "lowest"}
+
+
 def test_the_default_sessions(copy: Path) -> None:
     names = [found.name for found in discover(copy)]
     assert [session["session"] for session in sessions(copy)] == [
@@ -74,6 +83,10 @@ def test_the_default_sessions(copy: Path) -> None:
         *(f"tests(package='{name}', device='cpu')" for name in [*names, "tools"]),
         "typing",
         "dist",
+        "api",
+        "compat",
+        "upgrade",
+        "workflows",
     ]
 
 
@@ -101,22 +114,16 @@ def test_a_wrong_name_keeps_the_environment_of_the_demo(copy: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> ModuleType:
+def noxfile() -> ModuleType:
     """Our noxfile as a module, of which there can be one only."""
-    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "noxfile.py")
 
 
-@pytest.fixture
-def noxfile(loaded: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Our noxfile, which keeps wheels in a folder of its own and makes empty ones."""
-    monkeypatch.setattr(loaded, "WHEELS", tmp_path / "wheels")
-    monkeypatch.setattr(loaded, "uv", build_empty)
-    return loaded
+@pytest.fixture(autouse=True)
+def _wheels_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels are kept in a folder of the test's own, and are empty."""
+    monkeypatch.setattr(environments, "WHEELS", tmp_path / "wheels")
+    monkeypatch.setattr(environments, "uv", build_empty)
 
 
 def build_empty(_: StandIn, *arguments: str) -> None:
@@ -152,62 +159,58 @@ class StandIn:
 
 
 def test_a_second_run_takes_the_environment_of_the_reference_again(
-    loaded: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = StandIn(tmp_path)
-    monkeypatch.setattr(loaded, "wheels", lambda *_: [])
+    monkeypatch.setattr(noxfile, "wheels", lambda *_: [])
     for _ in range(2):
-        loaded.against_reference(session, "h-transformer-1d", "bench.py")
+        noxfile.against_reference(session, "h-transformer-1d", "bench.py")
         assert (tmp_path / "reference" / "bin" / "python").exists()
 
 
 def test_a_wheel_that_another_run_builds_too(
-    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (core, *_) = discover()
-    key = noxfile.distributions.content_key(core, noxfile.CONSTRAINTS)
-    folder = noxfile.WHEELS / f"{core.name}-{key}"
+    key = content_key(core, environments.CONSTRAINTS)
+    folder = environments.WHEELS / f"{core.name}-{key}"
 
     def build_late(session: StandIn, *arguments: str) -> None:
         build_empty(session, *arguments)
         build_empty(session, "-o", str(folder))
 
-    monkeypatch.setattr(noxfile, "uv", build_late)
-    assert noxfile.wheel(StandIn(tmp_path), core) == folder / "empty.whl"
-    assert list(noxfile.WHEELS.iterdir()) == [folder]
+    monkeypatch.setattr(environments, "uv", build_late)
+    assert environments.wheel(StandIn(tmp_path), core) == folder / "empty.whl"
+    assert list(environments.WHEELS.iterdir()) == [folder]
 
 
-def test_a_wheel_that_may_not_be_built(
-    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_that_may_not_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So does nox -R.
-    monkeypatch.setattr(noxfile, "uv", lambda *_: None)
+    monkeypatch.setattr(environments, "uv", lambda *_: None)
     with pytest.raises(SystemExit, match="shared-core has changed and is not built"):
-        noxfile.wheel(StandIn(tmp_path), discover()[0])
+        environments.wheel(StandIn(tmp_path), discover()[0])
 
 
-def test_wheels_that_are_not_used_go(noxfile: ModuleType, tmp_path: Path) -> None:
+def test_wheels_that_are_not_used_go(tmp_path: Path) -> None:
     core, other, *_ = discover()
-    first = noxfile.wheel(StandIn(tmp_path), core)
+    first = environments.wheel(StandIn(tmp_path), core)
     for name, age in ((first.parent.name, 2), ("old", 2), ("new", 0.5)):
-        (noxfile.WHEELS / name).mkdir(exist_ok=True)
-        os.utime(noxfile.WHEELS / name, (time.time() - age * 24 * 3600,) * 2)
-    assert noxfile.wheel(StandIn(tmp_path), core) == first
-    second = noxfile.wheel(StandIn(tmp_path), other)
-    left = {path.name for path in noxfile.WHEELS.iterdir()}
+        (environments.WHEELS / name).mkdir(exist_ok=True)
+        os.utime(environments.WHEELS / name, (time.time() - age * 24 * 3600,) * 2)
+    assert environments.wheel(StandIn(tmp_path), core) == first
+    second = environments.wheel(StandIn(tmp_path), other)
+    left = {path.name for path in environments.WHEELS.iterdir()}
     assert left == {first.parent.name, second.parent.name, "new"}
 
 
-def test_an_install_of_our_wheels_says_that_it_takes_a_while(
-    noxfile: ModuleType, tmp_path: Path
-) -> None:
+def test_an_install_of_our_wheels_says_that_it_takes_a_while(tmp_path: Path) -> None:
     for requirement, own_torch, lines in (
         ("ruff", True, 0),
         ("a @ b", True, 1),
         ("a @ b", False, 0),
     ):
         session = StandIn(tmp_path)
-        noxfile.install(session, requirement, own_torch=own_torch)
+        environments.install(session, requirement, own_torch=own_torch)
         assert len(session.logged) == lines
 
 
@@ -240,11 +243,53 @@ def test_a_file_takes_the_place_of_the_suite(noxfile: ModuleType, tmp_path: Path
 
 
 def test_sources_that_are_not_known_are_one_line(
-    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> str:
         raise ValueError("pip failed")
 
-    monkeypatch.setattr(noxfile, "read_pip_settings", fail)
+    monkeypatch.setattr(environments, "read_pip_settings", fail)
     with pytest.raises(SystemExit, match=r"^pip failed$"):
-        noxfile.package_sources(StandIn(tmp_path))
+        environments.package_sources(StandIn(tmp_path))
+
+
+def bounds(
+    noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, except_for: set[str]
+) -> tuple[list[str], str]:
+    """The requirements and the constraints that a session at the lower bounds installs."""
+    seen: list[tuple[list[str], str]] = []
+
+    def install(_: StandIn, *requirements: str, constraints: Path) -> None:
+        seen.append((list(requirements), constraints.read_text()))
+
+    monkeypatch.setattr(noxfile, "install", install)
+    monkeypatch.setattr(noxfile, "run_suite", lambda *_: None)
+    noxfile.run_at_bounds(StandIn(tmp_path), "h-transformer-1d", except_for=except_for)
+    return seen[0]
+
+
+def test_lower_bounds_are_installed_and_not_constrained(
+    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, constraints = bounds(noxfile, monkeypatch, tmp_path, {"torch"})
+    assert found[0].startswith("shared-core[testing] @ file:")
+    assert found[2:] == ["einops==0.8", "rotary-embedding-torch==0.7"]
+    names = {line.partition("==")[0] for line in constraints.splitlines()}
+    assert "torch" in names
+    assert not names & {"einops", "rotary-embedding-torch"}
+
+
+def test_the_lower_bound_of_torch_alone(
+    noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {"einops", "rotary-embedding-torch", CORE}
+    found, constraints = bounds(noxfile, monkeypatch, tmp_path, others)
+    assert found[2:] == ["torch==2.5"]
+    # Torch pins what it needs, and old ones need other versions.
+    assert constraints == ""
+
+
+def test_what_runs_by_night(copy: Path) -> None:
+    names = {session["name"] for session in sessions(copy, "-t", "nightly")}
+    assert names == {"lowest", "lowest_torch", "newest"}
+    assert "parity" in {session["name"] for session in sessions(ROOT, "-t", "nightly")}

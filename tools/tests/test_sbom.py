@@ -81,8 +81,7 @@ def test_a_bill_is_replaced_whole(repository: Repository, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sbom, "discover", lambda: discover(repository.root))
-    monkeypatch.setattr(sys, "argv", ["sbom.py"])
+    monkeypatch.setattr(sys, "argv", ["sbom.py", "--root", str(repository.root)])
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         sbom.main()

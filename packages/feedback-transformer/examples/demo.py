@@ -15,72 +15,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 import words
 import words_display as display
-from words import DemoError
-from words_display import INDENT, Result, progress
+from words_display import Result
 
-LARGEST = 2**32
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+from demonstration import (
+    INDENT,
+    Tick,
+    check_writable,
+    finish,
+    new_parser,
+    number,
+    progress,
+    status_of,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demonstration; returns the exit status."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (DemoError, OSError) as problem:
-        print(f"demo: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("demo: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(lambda: run(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    usage, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--seed", type=number(0), default=0, help="of words and weights (0)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("demo-output"),
-        metavar="FOLDER",
-        help="for the results (demo-output)",
-    )
     add("--length", type=number(2, 1000), default=16, help="of the words to train on (16)")
     add("--steps", type=number(1), default=500, help="to train for (500)")
     return parser.parse_args(arguments)
-
-
-def number(least: int, most: int = LARGEST - 1) -> Any:
-    def convert(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"number from {least} to {most}"
-    return convert
 
 
 def run(options: argparse.Namespace) -> None:
@@ -113,14 +81,11 @@ def run(options: argparse.Namespace) -> None:
     }
     path = options.out / "words.png"
     display.plot(results, options.length, path)
-    display.write(options.out / "figures.json", json.dumps(figures, indent=2).encode())
-    print(f"plot      {path}")
-    print(f"figures   {options.out / 'figures.json'}")
-    print(f"time      {time.perf_counter() - start:.0f} s", flush=True)
+    finish(path, options.out, figures, start)
 
 
 def learn(
-    kind: str, steps: int | None, seconds: float, options: argparse.Namespace, tick: words.Tick
+    kind: str, steps: int | None, seconds: float, options: argparse.Namespace, tick: Tick
 ) -> Result:
     """Trains a model for so many steps or so much time, and asks it about words twice as long."""
     model = words.build(kind, options.seed)
@@ -129,15 +94,6 @@ def learn(
     )
     size = sum(parameter.numel() for parameter in model.parameters())
     return Result(size, trained, words.accuracy(model, 2 * options.length, options.seed))
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
 
 
 if __name__ == "__main__":

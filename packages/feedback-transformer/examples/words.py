@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demonstration import Tick, silent
 from feedback_transformer import FeedbackTransformer
 from shared_core import FeedForward, RelativePositionBias
 
@@ -25,17 +25,6 @@ MEMORY = 1
 ROWS = 64
 RATE = 4e-3
 PERMUTATIONS = list(itertools.permutations(range(3)))
-
-Tick = Callable[[float], None]
-"""Takes the share of the work that is done."""
-
-
-def silent(_: float) -> None:
-    """A `Tick` that shows nothing."""
-
-
-class DemoError(Exception):
-    """What the user can mend; shown as one line."""
 
 
 def products() -> Tensor:

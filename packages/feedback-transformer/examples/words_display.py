@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from words import PERMUTATIONS, Tick, Trained
+from words import PERMUTATIONS, Trained
 
-INDENT = " " * 10
+from demonstration import new_figure, percent, save_figure, table
 
 
 @dataclass(frozen=True)
@@ -28,20 +23,6 @@ class Result:
         """Answers to words of the trained length, to their last token, to what lies beyond."""
         known, beyond = self.accuracy[:length], self.accuracy[length:]
         return [sum(known) / len(known), known[-1], sum(beyond) / len(beyond)]
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Tick]:
-    """A bar while something goes on; without a terminal, a line at its start."""
-    console = Console()
-    if not console.is_terminal:
-        print(f"{INDENT}{what} ...", flush=True)
-        yield lambda _: None
-        return
-    columns = BarColumn(32), TextColumn("{task.percentage:3.0f}%  {task.description}")
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda share: bar.update(task, completed=share)
 
 
 def tables(results: Mapping[str, Result], length: int) -> None:
@@ -62,32 +43,9 @@ def tables(results: Mapping[str, Result], length: int) -> None:
     table("right", columns, answered)
 
 
-def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
-    """Prints rows under a title, their cells right-aligned."""
-    cells = [columns, *rows.values()]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    names = [title, *(INDENT + name for name in rows)]
-    longest = max(map(len, names))
-    for name, row in zip(names, cells, strict=True):
-        aligned = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        print("   ".join((f"{name:<{longest}}", *aligned)))
-    print(flush=True)
-
-
-def percent(share: float) -> str:
-    """Never rounded up to a whole 100 %."""
-    text = f"{100 * share:.1f} %"
-    return text if share == 1.0 or not text.startswith("100") else " <100 %"
-
-
 def plot(results: Mapping[str, Result], length: int, path: Path) -> None:
     """Draws the loss over the time of training, and the right answers over the places."""
-    # Only now: it takes a second, and the plot is the last thing to be made.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2)
     for name, one in results.items():
         steps = range(1, len(one.trained.losses) + 1)
@@ -101,19 +59,4 @@ def plot(results: Mapping[str, Result], length: int, path: Path) -> None:
     right.set(xlabel="place in the word", ylabel="right answers, %", ylim=(0, 105))
     for axes in (left, right):
         axes.legend(loc="best")
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150, format="png")
-    write(path, image.getvalue())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file that is whole or, if that fails, as it was before."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with new.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-# By path: the checks are also read where the tests' folder is no package and no search path.
-_SPEC = importlib.util.spec_from_file_location(
-    "defect_checks", Path(__file__).with_name("defect_checks.py")
-)
-defect_checks = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(defect_checks)
+from shared_core.testing import load_beside
+
+defect_checks = load_beside(__file__, "defect_checks")
 LIBRARY = defect_checks.library()
 
 

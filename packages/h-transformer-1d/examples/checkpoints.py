@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import DemoError
 from lightning.pytorch import Callback, LightningModule, Trainer
 from progress import LOSSES, PLOT, say
 from settings import Settings
 from training import Training
 from typing_extensions import override
+
+from demonstration import DemoError
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"

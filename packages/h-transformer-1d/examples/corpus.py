@@ -20,6 +20,8 @@ from threading import Thread
 import torch
 from torch import Tensor
 
+from demonstration import DemoError
+
 FILE_START = b"\0"
 HELD_OUT_PERCENT = 5
 # Files are held out where there are so many, and if that makes a share between these.
@@ -32,10 +34,6 @@ PRIMER_LIMIT = 2**25
 # A standard library with less source than this was stripped of it.
 STDLIB_LEAST = 2**20
 NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-class DemoError(Exception):
-    """What the user can mend; shown as one line."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ import io
 import logging
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoints
@@ -33,13 +32,15 @@ import processes
 import report
 import torch
 from checkpoints import Checkpoints
-from corpus import Corpus, DemoError
+from corpus import Corpus
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from processes import Agreement
 from progress import LOSSES, PLOT, LiveProgress, LossRecord, read_losses, say
 from settings import SIZES, Settings
 from training import Training
+
+from demonstration import DemoError, check_writable, number
 
 YEAR = 525_600  # minutes
 
@@ -70,8 +71,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--minutes", type=number(float, most=YEAR), help="time to train, without set-up (2)")
-    add("--steps", type=number(int), help="steps to train, instead of a time")
+    add("--minutes", type=number(most=YEAR, kind=float), help="time to train, without set-up (2)")
+    add("--steps", type=number(most=10**9), help="steps to train, instead of a time")
     add("--corpus", type=path, metavar="PATH", help="folder or file to learn instead")
     add(
         "--out",
@@ -91,33 +92,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--size", choices=tuple(SIZES), help="of the model (large from 5 minutes on)")
     add(
         "--seed",
-        type=number(int, least=0, most=2**32 - 1),
+        type=number(0, 2**32 - 1),
         help="of the weights, the order of the text and the sample (0)",
     )
     add("--precision", choices=("bf16", "fp32"), help="of the arithmetic (the faster one here)")
     # The bytes that were typed, whether or not they are text.
     add("--prompt", type=os.fsencode, default=b"", help="what the sample begins with")
-    add("--length", type=number(int), default=800, help="longest sample, in bytes (800)")
-    add("--devices", type=number(int), default=1, help="processes on this machine (1)")
-    add("--num-nodes", type=number(int), default=1, help="machines (1)")
+    add("--length", type=number(most=10**9), default=800, help="longest sample, in bytes (800)")
+    add("--devices", type=number(most=10**9), default=1, help="processes on this machine (1)")
+    add("--num-nodes", type=number(most=10**9), default=1, help="machines (1)")
     add("--accelerator", default="cpu", help="in Lightning's words: cpu (default), gpu, ...")
     return parser.parse_args(arguments)
-
-
-def number(
-    kind: type[int] | type[float], *, least: int | None = None, most: int = 10**9
-) -> Callable[[str], float]:
-    """Reads a number from `least` to `most`, a positive one without `least`."""
-
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not ((value > 0 if least is None else value >= least) and value <= most):
-            raise argparse.ArgumentTypeError(f"{text} is not {meant}")
-        return value
-
-    meant = f"from {least} to {most}" if least is not None else f"above 0 and at most {most}"
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def path(text: str) -> Path:
@@ -164,15 +149,6 @@ def run(options: argparse.Namespace) -> None:
         say(f"          {training.step:,} steps in {training.elapsed:.0f} s")
     if trainer.is_global_zero:
         show(text, training, options)
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
 
 
 def make_trainer(options: argparse.Namespace, training: Training, source: Path | None) -> Trainer:

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from corpus import DemoError
 from lightning.pytorch import Callback, LightningModule, Trainer
 from training import Training
 from typing_extensions import override
+
+from demonstration import DemoError
 
 # Other tools that start processes bring variables of their own: torchrun and Slurm.
 STARTED_BY_OTHERS = ("LOCAL_RANK", "SLURM_NTASKS")

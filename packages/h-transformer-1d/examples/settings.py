@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from corpus import Corpus, DemoError
+from corpus import Corpus
 
+from demonstration import DemoError
 from h_transformer_1d import HTransformer1D
 
 # Found by trying: "small" is best after 2 minutes on 2 cores, "large" after 10.

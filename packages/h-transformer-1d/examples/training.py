@@ -15,11 +15,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from corpus import DemoError, Windows
+from corpus import Windows
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from settings import Settings
 from torch import Tensor, nn
+
+from demonstration import DemoError
 
 WARM_UP_STEPS = 20
 # A plan is made anew, and saved, after so many steps at first, and then after this part of the

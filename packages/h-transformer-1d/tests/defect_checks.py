@@ -18,6 +18,8 @@ from torch import Tensor, nn
 Library = Any
 Check = Callable[[Library, torch.device], None]
 
+NAMES = ("HTransformer1D", "HAttention1D", "CausalHAttention1D", "AutoregressiveWrapper")
+
 
 def library(package: str = "h_transformer_1d") -> SimpleNamespace:
     """The installed package's classes, wherever in it they are defined."""
@@ -27,12 +29,7 @@ def library(package: str = "h_transformer_1d") -> SimpleNamespace:
             module = importlib.import_module(package + module_name)
         except ModuleNotFoundError:
             continue
-        for name in (
-            "HTransformer1D",
-            "HAttention1D",
-            "CausalHAttention1D",
-            "AutoregressiveWrapper",
-        ):
+        for name in NAMES:
             if hasattr(module, name):
                 found.setdefault(name, getattr(module, name))
     return SimpleNamespace(**found)

@@ -338,6 +338,31 @@ def test_gradcheck(device: torch.device, mode: dict[str, Any], options: str) -> 
 
     assert torch.autograd.gradcheck(attention, leaves)
     assert torch.autograd.gradgradcheck(attention, leaves, fast_mode=True)
+    forward_mode = {"check_forward_ad": True, "check_backward_ad": False}
+    assert torch.autograd.gradcheck(attention, leaves, fast_mode=True, **forward_mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_function_transforms_and_a_third_derivative(
+    device: torch.device, mode: dict[str, Any]
+) -> None:
+    q, k, v = inputs(1, 2, 9, 1, device=device)
+
+    def loss(q: Tensor, impl: str = "fused") -> Tensor:
+        return h_attention(q, k, v, block_size=2, impl=impl, **mode).pow(2).sum()
+
+    def gradients(impl: str) -> list[Tensor]:
+        leaf, found = q.clone().requires_grad_(), []
+        value = loss(leaf, impl)
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+            found.append(grad.detach())
+            value = grad.pow(2).sum()
+        return found
+
+    found = gradients("fused")
+    torch.testing.assert_close(found, gradients("plain"))
+    torch.testing.assert_close(torch.func.grad(loss)(q), found[0])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -16,84 +16,45 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Sequence
 
 import needle
 import needle_display as display
-from needle import ANSWERS, NOISE, QUESTIONS, TOKENS, DemoError
-from needle_display import INDENT, Result, progress
+from needle import ANSWERS, NOISE, QUESTIONS, TOKENS
+from needle_display import Result
+
+from demonstration import INDENT, check_writable, finish, new_parser, number, progress, status_of
 
 KINDS = {"HTM": "htm", "full attention": "full"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demonstration; returns the exit status."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (DemoError, OSError) as problem:
-        print(f"demo: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("demo: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(lambda: run(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    usage, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of events and weights (0)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("demo-output"),
-        metavar="FOLDER",
-        help="for the results (demo-output)",
-    )
+    add("--seed", type=number(0, 2**32 - 1), default=0, help="of events and weights (0)")
     add(
         "--events",
-        type=number(int, 2, 1000),
+        type=number(2, 1000),
         default=16,
         help="in a memory of the training; tests have 10 and 100 times more, too (16)",
     )
-    add("--steps", type=number(int, 1, 10**6), default=4000, help="of training, at most (4000)")
-    add("--memories", type=number(int, 1, 10**6), default=256, help="of each test (256)")
+    add("--steps", type=number(1, 10**6), default=4000, help="of training, at most (4000)")
+    add("--memories", type=number(1, 10**6), default=256, help="of each test (256)")
     add(
         "--noise",
-        type=number(float, 0, 100),
+        type=number(0, 100, float),
         default=NOISE,
         help=f"standard deviation of a key in a token; keys have 1 ({NOISE})",
     )
     return parser.parse_args(arguments)
-
-
-def number(kind: type[int] | type[float], least: int, most: int) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not (math.isfinite(value) and least <= value <= most):
-            raise ValueError
-        return value
-
-    convert.__name__ = f"number from {least} to {most}"
-    return convert
 
 
 def run(options: argparse.Namespace) -> None:
@@ -115,19 +76,7 @@ def run(options: argparse.Namespace) -> None:
     }
     path = options.out / "needle.png"
     display.plot(results, path)
-    display.write(options.out / "figures.json", json.dumps(figures, indent=2).encode())
-    print(f"plot      {path}")
-    print(f"figures   {options.out / 'figures.json'}")
-    print(f"time      {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
+    finish(path, options.out, figures, start)
 
 
 def read(options: argparse.Namespace, name: str, kind: str) -> Result:

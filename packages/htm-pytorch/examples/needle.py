@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from demonstration import Tick, silent
 from htm_pytorch import HTMAttention
 
 TOKENS, KEY, ANSWERS = 8, 32, 16
@@ -43,17 +44,6 @@ LEARNED, LAST_STEPS = 0.999, 16
 _TEST_SEEDS = 2**32
 # Otherwise torch's profiler writes to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-Tick = Callable[[float], None]
-"""Takes the share of the work that is done."""
-
-
-class DemoError(Exception):
-    """What the user can mend; shown as one line."""
-
-
-def silent(_: float) -> None:
-    """A `Tick` that shows nothing."""
 
 
 class Events(NamedTuple):

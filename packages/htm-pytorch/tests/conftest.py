@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -12,17 +9,14 @@ import torch
 from torch import Tensor
 
 from htm_pytorch import HTMAttention, HTMBlock
+from shared_core.testing import load_beside
 
 # The tensors of the tests are tiny. A second thread has nothing to do, and where other processes
 # keep the machine busy the threads wait for each other many times longer than they work.
 torch.set_num_threads(1)
 
 # What the tests of stores import. They are imported by path, so it would not be found beside them.
-_SPEC = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-sys.modules["memories"] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(sys.modules["memories"])
+load_beside(__file__, "memories")
 
 SETTINGS: dict[str, Any] = {
     "dim": 6,

@@ -574,7 +574,19 @@ def test_masked_nan_everywhere(make_attention: Any, randn: Any, monkeypatch: Any
     torch.testing.assert_close(module(queries, hidden, mask), out, atol=1e-12, rtol=0)
 
 
-def test_forward_mode_is_refused(make_attention: Any, randn: Any, impl: str) -> None:
-    module, queries, memories = make_attention(impl=impl), randn(1, 3, 6), randn(1, 8, 6, seed=2)
-    with pytest.raises(NotImplementedError, match="htm_pytorch differentiates in reverse mode"):
-        torch.func.jvp(lambda x: module(x, memories), (queries,), (queries,))
+def test_forward_mode_and_function_transforms(make_attention: Any, randn: Any, impl: str) -> None:
+    """By queries and memories; parameters too, since their products are seen by both."""
+    module = make_attention(impl=impl, detach_memories=False)
+    queries, memories = randn(1, 3, 6), randn(1, 8, 6, seed=2)
+    given = queries.requires_grad_(), memories.requires_grad_()
+    forward_mode = {"check_forward_ad": True, "check_backward_ad": False}
+    assert torch.autograd.gradcheck(module, given, **forward_mode)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        out: Tensor = torch.func.functional_call(module, parameters, given)
+        return out.pow(2).sum()
+
+    parameters = dict(module.named_parameters())
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    found = torch.func.grad(loss)({name: x.detach() for name, x in parameters.items()})
+    torch.testing.assert_close(list(found.values()), list(expected))

@@ -100,6 +100,21 @@ def test_every_derivative(device: torch.device, check: Any, kind: str, counts: b
 
 
 @KINDS
+def test_a_third_derivative(device: torch.device, kind: str) -> None:
+    drawn = draw(device, 1, kind)
+    leaf = drawn.leaves[0].requires_grad_()
+
+    def third(function: Any) -> Tensor:
+        value = function(*drawn.leaves).pow(2).sum()
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+            value = grad.pow(2).sum()
+        return grad.detach()
+
+    torch.testing.assert_close(third(drawn.fast), third(drawn.plain))
+
+
+@KINDS
 def test_registered_as_torch_wants_it(device: torch.device, kind: str) -> None:
     drawn = draw(device, 1, kind)
     for x in drawn.leaves:

@@ -178,14 +178,16 @@ def exact() -> Iterator[Case]:
 
 
 def recall() -> Iterator[Case]:
-    for segments, bound in ((8, 99.5), (64, 95.0)):
-        yield Case(
-            f"values recalled after {segments} segments",
-            "value",
-            [Subject("ours", recalled, {"segments": segments})],
-            [Target("ours", at_least=bound)],
-            unit="%",
-            lower_is_better=False,
-            note="4 pairs from the first segment, chance 12.5 %; the paper's writer, trained for "
-            f"{STEPS} steps on up to 8 segments; the worst of {len(SEEDS)} seeds.",
-        )
+    bounds = {8: 99.5, 64: 95.0}
+    yield Case(
+        "values recalled",
+        "value",
+        # In one case, so that one training serves both.
+        [Subject(f"after {n} segments", recalled, {"segments": n}) for n in bounds],
+        [Target(f"after {n} segments", at_least=bound) for n, bound in bounds.items()],
+        unit="%",
+        lower_is_better=False,
+        note="4 pairs from the first segment, chance 12.5 %; the paper's writer, trained for "
+        f"{STEPS} steps on up to 8 segments; the worst of {len(SEEDS)} seeds.",
+        limit=2 * 3600.0,
+    )

@@ -14,85 +14,50 @@ replay takes in memory beside back-propagation through all segments at once.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import display
 import peak
 import recall
-from display import INDENT, percent, progress, table
-from recall import ASKED, CHANCE, LENGTH, PAIRS, TRAINED, VALUES, DemoError, Trained
+from recall import ASKED, CHANCE, LENGTH, PAIRS, TRAINED, VALUES, Trained
 
-LARGEST = 2**31
+from demonstration import (
+    INDENT,
+    DemoError,
+    check_writable,
+    finish,
+    new_parser,
+    number,
+    percent,
+    progress,
+    status_of,
+    table,
+)
+
 WEIGHED = (2, 4, 8, 16)
 Shares = dict[int, float]
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demonstration; returns the exit status."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (DemoError, OSError) as problem:
-        print(f"demo: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("demo: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(lambda: run(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    usage, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--seed", type=number(0), default=0, help="of facts and weights (0)")
     add("--steps", type=number(1), default=1500, help="to train for (1500)")
     add("--batch", type=number(1), default=32, help="sequences of a step (32)")
     add("--asked", type=number(1), default=512, help="sequences of the examination (512)")
-    add("--minutes", type=minutes, default=None, help="to train for at most")
-    add(
-        "--out",
-        type=Path,
-        default=Path("demo-output"),
-        metavar="FOLDER",
-        help="for the results (demo-output)",
-    )
+    add("--minutes", type=number(kind=float), default=None, help="to train for at most")
     add("--plot", type=Path, default=None, metavar="FILE", help="for the plot (in --out)")
     add("--no-peak", action="store_true", help="leave out what training takes in memory")
     return parser.parse_args(arguments)
-
-
-def number(least: int) -> Any:
-    def convert(text: str) -> int:
-        value = int(text)
-        if not least <= value < LARGEST:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"number from {least}"
-    return convert
-
-
-def minutes(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < LARGEST:
-        raise ValueError
-    return value
 
 
 def run(options: argparse.Namespace) -> None:
@@ -119,19 +84,7 @@ def run(options: argparse.Namespace) -> None:
         "peaks": peaks,
     }
     display.plot(shares, trained.losses, peaks, path)
-    display.write(options.out / "figures.json", json.dumps(figures, indent=2).encode())
-    print(f"plot      {path}")
-    print(f"figures   {options.out / 'figures.json'}")
-    print(f"time      {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
+    finish(path, options.out, figures, start)
 
 
 def train(options: argparse.Namespace) -> Trained:

@@ -2,49 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from recall import ASKED, CHANCE, TRAINED, Tick
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from recall import ASKED, CHANCE, TRAINED
 
-INDENT = " " * 10
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Tick]:
-    """A bar while something goes on; without a terminal, a line at its start."""
-    console = Console()
-    if not console.is_terminal:
-        print(f"{INDENT}{what} ...", flush=True)
-        yield lambda _: None
-        return
-    columns = BarColumn(32), TextColumn("{task.percentage:3.0f}%  {task.description}")
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda share: bar.update(task, completed=share)
-
-
-def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
-    """Prints rows under a title, their cells right-aligned."""
-    cells = [columns, *rows.values()]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    names = [title, *(INDENT + name for name in rows)]
-    longest = max(map(len, names))
-    for name, row in zip(names, cells, strict=True):
-        aligned = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        print("   ".join((f"{name:<{longest}}", *aligned)))
-    print(flush=True)
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """Never rounded up to a whole 100 %."""
-    text = f"{100 * share:.{digits}f} %"
-    return text if share == 1.0 or not text.startswith("100") else f"{'<100':>{digits + 3}} %"
+from demonstration import new_figure, save_figure
 
 
 def plot(
@@ -54,12 +17,7 @@ def plot(
     path: Path,
 ) -> None:
     """Draws what is recalled by the number of segments, the loss, and what a step takes."""
-    # Only now: it takes a second, and the plot is the last thing to be made.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4)
     left, middle, right = figure.subplots(1, 3)
     for name, found in shares.items():
         values = [100 * share for share in found.values()]
@@ -77,19 +35,4 @@ def plot(
     right.set(xlabel="segments", ylabel="memory of a training step, MiB", ylim=(0, None))
     if peaks:
         right.legend(loc="upper left")
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150, format="png")
-    write(path, image.getvalue())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file that is whole or, if that fails, as it was before."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with new.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -6,12 +6,13 @@ A process of its own for each measurement: what an earlier one has left would be
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from recall import DemoError
+from demonstration import DemoError
 
 TOKENS, WIDTH, BATCH = 256, 128, 4
 WAYS = ("replay", "bptt")
@@ -22,7 +23,11 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 def measure(way: str, segments: int) -> float:
     """MiB that a step needs beyond model and data. Raises DemoError where it cannot be told."""
     command = [sys.executable, str(Path(__file__).resolve()), way, str(segments)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    # It imports what this process does, from wherever that was found.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or ["no message"])[-1]
         raise DemoError(f"cannot measure {way} over {segments} segments: {reason}")

@@ -8,12 +8,12 @@ It sees no tokens but those of the segment it is asked in, so what it knows it h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from demonstration import Tick, silent
 from memformer import Memformer, memory_replay_backprop
 
 PAIRS = 4
@@ -23,18 +23,6 @@ TRAINED = 8
 """Segments of a training sequence at most."""
 ASKED = (1, 2, 4, 8, 16, 32, 64)
 CHANCE = 1 / VALUES
-
-
-class DemoError(Exception):
-    """What the user can mend; shown as one line."""
-
-
-Tick = Callable[[float], None]
-"""Takes the share of the work that is done."""
-
-
-def silent(_: float) -> None:
-    """A `Tick` that shows nothing."""
 
 
 class Facts(NamedTuple):

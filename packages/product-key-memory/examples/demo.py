@@ -15,58 +15,38 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
 
 import display
 import miniatures
-from display import INDENT, percent, progress, table
-from facts import ANSWERS, WIDTH, DemoError, FactModel, Facts
+from facts import ANSWERS, WIDTH, FactModel, Facts
 from miniatures import LESSON, Stored, Taught, Used
 
-LARGEST = 2**32
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+from demonstration import (
+    INDENT,
+    check_writable,
+    finish,
+    new_parser,
+    number,
+    percent,
+    progress,
+    status_of,
+    table,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demonstration; returns the exit status."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (DemoError, OSError) as problem:
-        print(f"demo: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("demo: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(lambda: run(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    usage, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--seed", type=number(0), default=0, help="of facts, tokens and weights (0)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("demo-output"),
-        metavar="FOLDER",
-        help="for the results (demo-output)",
-    )
     add("--facts", type=number(2), default=16384, help="to store (16384)")
     add("--steps", type=number(1), default=1000, help="to store them in (1000)")
     add("--edits", type=number(1), default=320, help="facts taught afterwards (320)")
@@ -75,17 +55,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.edits // 2 >= options.facts:
         parser.error(f"--edits {options.edits} would change all of --facts {options.facts}")
     return options
-
-
-def number(least: int) -> Any:
-    def convert(text: str) -> int:
-        value = int(text)
-        if not least <= value < LARGEST:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"number from {least}"
-    return convert
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,19 +74,7 @@ def run(options: argparse.Namespace) -> None:
     }
     path = options.out / "slots.png"
     display.plot(used, taught, path)
-    display.write(options.out / "figures.json", json.dumps(figures, indent=2).encode())
-    print(f"plot      {path}")
-    print(f"figures   {options.out / 'figures.json'}")
-    print(f"time      {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
+    finish(path, options.out, figures, start)
 
 
 def store(options: argparse.Namespace) -> tuple[dict[str, Stored], FactModel, Facts]:

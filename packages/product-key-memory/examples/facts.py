@@ -7,13 +7,13 @@ layer and a linear readout of the answers, whose cost is the same for every laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demonstration import Tick
 from product_key_memory import PKM, PKMOptimizer, fetch_pkm_value_parameters
 
 WIDTH = 128
@@ -23,18 +23,6 @@ ANSWERS = 256
 TABLE_RATE = 1.0
 MEMORY_RATE = 3e-3
 FEED_FORWARD_RATE = 5e-2
-
-
-class DemoError(Exception):
-    """What the user can mend; shown as one line."""
-
-
-Tick = Callable[[float], None]
-"""Takes the share of the work that is done."""
-
-
-def silent(_: float) -> None:
-    """A `Tick` that shows nothing."""
 
 
 class Facts(NamedTuple):

@@ -15,20 +15,18 @@ import torch
 import torch.nn.functional as F
 from facts import (
     ANSWERS,
-    DemoError,
     FactModel,
     Facts,
-    Tick,
     feed_forward,
     learn,
     memory,
     multiply_adds,
     optimizers_of,
-    silent,
     take_step,
 )
 from torch import Tensor, nn
 
+from demonstration import DemoError, Tick, silent
 from product_key_memory import (
     PKM,
     PKMOptimizer,

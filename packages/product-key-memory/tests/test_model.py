@@ -177,13 +177,35 @@ def check_gradients(make_pkm: Any, randn: Any, changes: dict[str, Any], check: A
     assert check(run, (randn(3, 12).requires_grad_(), *leaves), fast_mode=True)
 
 
+def check_forward_mode(*inputs: Any, **options: Any) -> bool:
+    options |= {"check_forward_ad": True, "check_backward_ad": False}
+    return torch.autograd.gradcheck(*inputs, **options)
+
+
 def test_gradcheck(make_pkm: Any, randn: Any, changes: dict[str, Any]) -> None:
     """By the tokens and by the parameters."""
     check_gradients(make_pkm, randn, changes, torch.autograd.gradcheck)
 
 
+def test_forward_mode(make_pkm: Any, randn: Any, changes: dict[str, Any]) -> None:
+    check_gradients(make_pkm, randn, changes, check_forward_mode)
+
+
 def test_gradgradcheck(make_pkm: Any, randn: Any, everything: dict[str, Any]) -> None:
     check_gradients(make_pkm, randn, everything, torch.autograd.gradgradcheck)
+
+
+def test_function_transforms(make_pkm: Any, randn: Any) -> None:
+    pkm, x = make_pkm(), randn(3, 12)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        out: Tensor = functional_call(pkm, parameters, (x,))
+        return out.pow(2).sum()
+
+    parameters = dict(pkm.named_parameters())
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    found = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    torch.testing.assert_close(list(found.values()), list(expected))
 
 
 # Masks

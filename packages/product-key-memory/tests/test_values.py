@@ -126,9 +126,11 @@ def test_operators_are_registered_as_torch_wants_them(device: torch.device) -> N
     table, indices, weights, x = build(3, 4, 5, 2, device)
     for y in (table, weights, x):
         y.requires_grad_()
-    torch.library.opcheck(read, (table, indices, weights))
-    torch.library.opcheck(match, (table, indices, x))
-    torch.library.opcheck(match_known, (table, indices, x, match(table, indices, x).detach()))
+    operators = torch.ops.product_key_memory
+    torch.library.opcheck(operators.read, (table, indices, weights))
+    torch.library.opcheck(operators.match, (table, indices, x))
+    known = match(table, indices, x).detach()
+    torch.library.opcheck(operators.match_known, (table, indices, x, known))
     torch.library.opcheck(write, (indices, weights, x, 5))
 
 

@@ -189,6 +189,10 @@ def test_a_worker_that_dies_or_hangs(
     monkeypatch.setattr(bench, "FULL", replace(bench.FULL, limit=0.5))
     assert run(compared, "--only", "first", reference=False) == 1
     assert "FAILED: ours: value took longer than 0.5 s" in capsys.readouterr().err
+    # A case may have a limit of its own.
+    compared.write("bench_cases.py", ONE.replace(")])", ")], limit=0.25)"))
+    assert run(compared, "--only", "first", reference=False) == 1
+    assert "FAILED: ours: value took longer than 0.25 s" in capsys.readouterr().err
 
 
 def test_another_reference_than_the_pinned_one(

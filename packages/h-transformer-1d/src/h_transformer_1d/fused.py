@@ -41,6 +41,7 @@ from h_transformer_1d.pyramid import (
     pyramid,
     token_count,
 )
+from shared_core import differentiate_twice
 
 # Elements of a tensor that stay in a core's cache: so many heads are worked on at a time.
 _WORKING_SET = 2**20
@@ -420,19 +421,14 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     """Gradients of the gradients, through the plain path; out and lse follow from q, k and v."""
-    mask, level_bias = ctx.saved_tensors[4:]
-    with torch.enable_grad():
-        grad, q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors[:4])
-        bias = None if level_bias is None else level_bias.detach().requires_grad_()
-        inputs = [q, k, v] if bias is None else [q, k, v, bias]
-        out = attend_plain(q, k, v, mask, bias, *ctx.options)
-        first = torch.autograd.grad(out, inputs, grad, create_graph=True)
-        used = [(x, c) for x, c in zip(first, cotangents, strict=False) if c is not None]
-        second = torch.autograd.grad(
-            [x for x, _ in used], [grad, *inputs], [c for _, c in used], allow_unused=True
-        )
-    grad_bias = None if bias is None else second[4]
-    return (*second[:4], None, grad_bias, None, None, *(None,) * 5)
+    grad, q, k, v, mask, level_bias = ctx.saved_tensors
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, level_bias: Tensor | None) -> Tensor:
+        return attend_plain(q, k, v, mask, level_bias, *ctx.options)
+
+    of = (*cotangents[:3], None if level_bias is None else cotangents[3])
+    second = differentiate_twice(attend, (q, k, v, level_bias), grad, of)
+    return (*second[:4], None, second[4], None, None, *(None,) * 5)
 
 
 torch.library.register_autograd(

@@ -14,6 +14,7 @@ from h_transformer_1d.flex import attend_flex, flex_serves
 from h_transformer_1d.fused import attend_fused
 from h_transformer_1d.plain import attend_plain
 from h_transformer_1d.pyramid import accumulator, count_levels
+from shared_core import transformed
 
 
 def h_attention(
@@ -88,6 +89,8 @@ def h_attention(
         level_bias = level_bias.to(accumulator(q.dtype))
     if mask is not None:
         q, k, v = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (q, k, v))
+    if impl in ("auto", "fused") and transformed(q, k, v, level_bias):
+        impl = "plain"
     if impl == "auto":
         plain = dropout == 0.0 and mask is None and level_bias is None
         if plain and _is_exact(q, k, v, block_size):

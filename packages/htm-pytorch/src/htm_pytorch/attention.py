@@ -15,8 +15,9 @@ from torch import Tensor
 
 from htm_pytorch.chunkwise import attend_chunkwise
 from htm_pytorch.fused import attend_fused
-from htm_pytorch.plain import refuse_tangents
+from htm_pytorch.plain import attend_plain
 from htm_pytorch.retrieval import Summary, count_chunks, find
+from shared_core import transformed
 
 if TYPE_CHECKING:
     from htm_pytorch.model import HTMAttention
@@ -129,7 +130,8 @@ def _projected(
         tokens = tokens + positions[places % c]
     keys, values = module.attn.to_kv(tokens).unflatten(-1, (2, module.heads, -1)).unbind(2)
     asking = _queries(module, queries).to(keys.dtype)
-    refuse_tangents(asking, keys, values, weights)
+    if transformed(asking, keys, values, weights):
+        return attend_plain(asking, keys, values, weights, indices, mask, None, c)
     found: Tensor = attend_chunkwise(asking, keys, values, weights, indices, mask, c)
     return found
 

@@ -9,13 +9,15 @@ query, c tokens a chunk; p queries of a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from htm_pytorch.plain import differentiate_twice
+from htm_pytorch.plain import attend_plain
 from htm_pytorch.retrieval import NOTHING, count_chunks
+from shared_core import differentiate_twice
 
 _INPUTS = (
     "Tensor q, Tensor keys, Tensor values, Tensor weights, Tensor indices, Tensor? mask, int c"
@@ -192,7 +194,8 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_again(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     grad, *inputs, indices, mask = ctx.saved_tensors
-    grads = differentiate_twice(grad, inputs, (indices, mask, None, ctx.c), cotangents)
+    attend = partial(attend_plain, indices=indices, mask=mask, positions=None, c=ctx.c)
+    grads = differentiate_twice(attend, inputs, grad, cotangents)
     return *grads, None, None, None
 
 

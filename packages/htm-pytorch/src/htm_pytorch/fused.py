@@ -8,13 +8,15 @@ Shapes: b batch, n queries, h heads, m tokens, d width, k chunks a query, c toke
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from htm_pytorch.blocks import Blocks, Sums
-from htm_pytorch.plain import differentiate_twice, refuse_tangents
+from htm_pytorch.plain import attend_plain
+from shared_core import differentiate_twice, transformed
 
 _INPUTS = (
     "Tensor q, Tensor memories, Tensor weights, Tensor indices, Tensor? mask, Tensor? positions, "
@@ -45,12 +47,11 @@ def attend_fused(
 
     Returns:
         (b, n, h, d).
-
-    Raises:
-        NotImplementedError: differentiation is in forward mode.
     """
+    if transformed(q, memories, weights):
+        tokens = memories[:, :, None]
+        return attend_plain(q, tokens, None, weights, indices, mask, positions, c)
     needed = q.requires_grad or memories.requires_grad or weights.requires_grad
-    refuse_tangents(q, memories, weights)
     # Kept for the backward pass where they take no more than the queries do.
     wide = torch.promote_types(q.dtype, torch.float32)
     takes = indices.shape[2] * c * wide.itemsize
@@ -190,13 +191,12 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    grad, q, memories, weights, *rest = ctx.saved_tensors
+    grad, q, memories, weights, indices, mask, positions = ctx.saved_tensors
+    attend = partial(attend_plain, indices=indices, mask=mask, positions=positions, c=ctx.c)
     inputs = (q, memories[:, :, None], None, weights)
     of_q, of_memories, of_weights = cotangents
     of_memories = of_memories[:, :, None] if ctx.summed and of_memories is not None else None
-    second = differentiate_twice(
-        grad, inputs, (*rest, ctx.c), (of_q, of_memories, None, of_weights)
-    )
+    second = differentiate_twice(attend, inputs, grad, (of_q, of_memories, None, of_weights))
     of_memories = None if second[2] is None else second[2].squeeze(2)
     return second[0], None, second[1], of_memories, second[4], *[None] * 5
 

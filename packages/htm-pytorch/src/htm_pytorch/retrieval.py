@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shared_core import masked_mean, pad_to
+from shared_core import masked_mean, pad_to, transformed
 
 NOTHING = -1e30
 """Score of what is not to be seen: finite, so that no row meets ``inf - inf``."""
@@ -60,7 +60,7 @@ def summarise(memories: Tensor, mask: Tensor | None, c: int) -> Summary:
         return Summary(memories.to(wide), None)
     seen = torch.ones_like(memories[..., 0], dtype=torch.bool) if mask is None else mask
     seen = pad_to(seen, c, 1, value=False).unflatten(1, (-1, c))
-    if memories.requires_grad and torch.is_grad_enabled():
+    if transformed(memories) or (memories.requires_grad and torch.is_grad_enabled()):
         tokens = pad_to(memories.to(wide), c, 1).unflatten(1, (-1, c))
         means = masked_mean(tokens, seen, 2)
     else:

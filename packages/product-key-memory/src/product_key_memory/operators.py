@@ -6,7 +6,8 @@ Three operators, each the derivative of the others: with T = sum_nk w_nk <table[
     match  dT/dw      (n, k)  out_nk = <table[i_nk], x_n>         scores of slots, one by one
     write  dT/dtable  (s, d)  out_s  = sum_{nk: i_nk = s} w_nk x_n   the gradient of a table
 
-so that any order of derivative is made of the same three. Each is one opaque operator, which
+so that any order of derivative is made of the same three. Function transforms and forward mode take
+plain operations. Each is one opaque operator, which
 `torch.compile` and `torch.export` see as a node. `match_known` is a `match` whose result is there.
 
 Shapes: s slots, d width, n tokens, k slots a token reads.
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from shared_core import transformed
 
 # Elements of gathered rows that are worked on at a time: what a processor's cache holds, and what
 # keeps an accelerator busy.
@@ -44,7 +47,6 @@ _PAIRS = _operator(
 )
 
 
-@torch.library.custom_op("product_key_memory::read", mutates_args=())
 def read(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of rows.
 
@@ -56,6 +58,14 @@ def read(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (n, d).
     """
+    if transformed(table, weights):
+        return (table[indices] * weights[..., None]).sum(1)
+    out: Tensor = _read(table, indices, weights)
+    return out
+
+
+@torch.library.custom_op("product_key_memory::read", mutates_args=())
+def _read(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return read_without_gradient(table, indices, weights)
 
 
@@ -66,7 +76,6 @@ def read_without_gradient(table: Tensor, indices: Tensor, weights: Tensor) -> Te
     return F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum")
 
 
-@torch.library.custom_op("product_key_memory::match", mutates_args=())
 def match(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
     """Inner products of rows with a vector a token.
 
@@ -78,6 +87,18 @@ def match(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
     Returns:
         (n, k).
     """
+    if transformed(table, x):
+        return _match_plain(table, indices, x)
+    out: Tensor = _match(table, indices, x)
+    return out
+
+
+def _match_plain(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("nkd,nd->nk", table[indices], x)
+
+
+@torch.library.custom_op("product_key_memory::match", mutates_args=())
+def _match(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
     n, k = indices.shape
     if indices.numel() == 0:
         return table.new_empty(n, k)
@@ -107,9 +128,16 @@ def _inner_products(table: Tensor, slots: Tensor, x: Tensor, tokens: Tensor) -> 
     return torch.cat([(table[slot] * x[token]).sum(1) for slot, token in parts])
 
 
-@torch.library.custom_op("product_key_memory::match_known", mutates_args=())
-def match_known(table: Tensor, indices: Tensor, x: Tensor, known: Tensor) -> Tensor:  # noqa: ARG001
+def match_known(table: Tensor, indices: Tensor, x: Tensor, known: Tensor) -> Tensor:
     """`match` for the sake of its gradients, where the result `known` (n, k) is there already."""
+    if transformed(table, x):
+        return _match_plain(table, indices, x.to(table.dtype)).to(known.dtype)
+    out: Tensor = _match_known(table, indices, x, known)
+    return out
+
+
+@torch.library.custom_op("product_key_memory::match_known", mutates_args=())
+def _match_known(table: Tensor, indices: Tensor, x: Tensor, known: Tensor) -> Tensor:  # noqa: ARG001
     return known.clone()
 
 
@@ -187,17 +215,17 @@ def write_rows(indices: Tensor, weights: Tensor, x: Tensor) -> Iterator[tuple[Te
     yield from bag_rows(sort_pairs(indices.flatten(), tokens, weights.flatten()), x)
 
 
-@read.register_fake
+@_read.register_fake
 def _(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG001
     return table.new_empty(indices.shape[0], table.shape[1])
 
 
-@match.register_fake
+@_match.register_fake
 def _(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:  # noqa: ARG001
     return table.new_empty(indices.shape)
 
 
-@match_known.register_fake
+@_match_known.register_fake
 def _(table: Tensor, indices: Tensor, x: Tensor, known: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(known)
 

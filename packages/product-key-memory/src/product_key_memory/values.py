@@ -21,6 +21,7 @@ from product_key_memory.checks import (
 )
 from product_key_memory.factors import match_factored, read_factored
 from product_key_memory.operators import match, read, read_without_gradient
+from shared_core import transformed
 
 
 class Reader(Protocol):
@@ -54,7 +55,7 @@ class LocalReader:
             chosen = trainable[indices]
             frozen = read(table.detach(), indices, weights.masked_fill(chosen, 0.0))
             weights = weights.masked_fill(~chosen, 0.0)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not transformed(table, weights):
             out = read_without_gradient(table, indices, weights)
         elif self.factored:
             out = read_factored(table, indices, weights, owner)

@@ -10,6 +10,7 @@ from .behaviour import (
     assert_same_gradients,
 )
 from .graphs import assert_compiles, assert_exports
+from .modules import load_beside
 from .parallel import assert_data_parallel
 from .portability import assert_hub_round_trip, assert_portable
 from .processes import run_ranks
@@ -26,6 +27,7 @@ __all__ = [
     "assert_portable",
     "assert_prefix_consistent",
     "assert_same_gradients",
+    "load_beside",
     "python_blocks",
     "run_ranks",
 ]

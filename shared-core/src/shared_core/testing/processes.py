@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .modules import load_file
+
 STARTUP: float = 30.0
 """Seconds that processes may take to start, on top of the time limit."""
 
@@ -92,17 +94,13 @@ def resolve(file: str, module: str, name: str) -> Any:
 
 def _load_file(file: str, module: str) -> None:
     """Test files are on no import path."""
-    spec = importlib.util.spec_from_file_location(module, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is not a Python file")
     # pytest names test files after their folders, which unpickling asks for as packages.
     parts = module.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])
         sys.modules.setdefault(parent, ModuleType(parent))
     # In its place before its code runs, so that arguments of its own classes unpickle.
-    sys.modules[module] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[module])
+    load_file(file, module)
 
 
 def _start(folder: Path, arguments: list[str], rank: int) -> subprocess.Popen[bytes]:

@@ -1,0 +1,136 @@
+"""Check the workflows in .github, dependabot.yml and the issue forms.
+
+    python tools/check_workflows.py [--online] [--root FOLDER]
+
+Every file fits its schema, zizmor finds nothing, every action is pinned to a commit with its
+version beside it, and the jobs of ci.yml are the sessions that a bare `nox` runs: the step that
+plans them is run as it stands there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from command import parser, run, status, tell
+from distributions import ROOT, discover
+from selection import nox_list
+
+# Schemas that check-jsonschema brings along, and the files under .github that must fit.
+SCHEMAS = {
+    "vendor.github-workflows": "workflows/*.yml",
+    "custom.github-workflows-require-timeout": "workflows/*.yml",
+    "vendor.dependabot": "dependabot.yml",
+    "vendor.github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml",
+    "vendor.github-issue-config": "ISSUE_TEMPLATE/config.yml",
+}
+_USES = re.compile(r"^\s*(?:- )?uses:\s*(\S+)(.*)$", re.MULTILINE)
+_PINNED = re.compile(r"[\w./-]+@[0-9a-f]{40}")
+_VERSION = re.compile(r" # v\d+\.\d+\.\d+")
+_MATRIX = re.compile(r"\$\{\{ fromJSON\(needs\.plan\.outputs\.(\w+)\) \}\}")
+
+
+def tool_faults(command: list[str]) -> Iterator[str]:
+    """What a tool writes where it finds something."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if result.returncode:
+        yield f"{command[0]}: {(result.stdout + result.stderr).strip()}"
+
+
+def schema_faults(folder: Path) -> Iterator[str]:
+    for schema, pattern in SCHEMAS.items():
+        if files := sorted(map(str, folder.glob(pattern))):
+            yield from tool_faults(["check-jsonschema", "--builtin-schema", schema, *files])
+
+
+def pin_faults(folder: Path) -> Iterator[str]:
+    """A line for every action that is not pinned, or pinned in two ways."""
+    pins: dict[str, str] = {}
+    for path in sorted(folder.glob("workflows/*.yml")):
+        for action, comment in _USES.findall(path.read_text(encoding="utf-8")):
+            if action.startswith("./"):
+                continue
+            name, _, _ = action.partition("@")
+            if not _PINNED.fullmatch(action) or not _VERSION.fullmatch(comment):
+                yield f"{path.name}: {action}{comment} is not pinned as {name}@COMMIT # vX.Y.Z"
+            elif pins.setdefault(name, action + comment) != action + comment:
+                yield f"{path.name}: {action}{comment} is pinned elsewhere as {pins[name]}"
+
+
+def matrix_faults(root: Path) -> Iterator[str]:
+    """Where the jobs of ci.yml are not what nox lists."""
+    text = (root / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    jobs: dict[str, Any] = yaml.safe_load(text)["jobs"]
+    planned = plan(root, jobs["plan"])
+    found: list[str] = []
+    for name, job in jobs.items():
+        matrix = str(job.get("strategy", {}).get("matrix", {}).get("session", ""))
+        if matched := _MATRIX.fullmatch(matrix):
+            found += [session["session"] for session in planned.get(matched[1], [])]
+        elif matrix:
+            yield f"ci.yml: the sessions of {name} are written by hand: {matrix}"
+    listed = [session["session"] for session in nox_list(root)]
+    yield from (f"ci.yml does not run {name}" for name in listed if name not in found)
+    yield from (f"ci.yml runs {name}, a bare nox does not" for name in found if name not in listed)
+    yield from (f"ci.yml runs {name} twice" for name in listed if found.count(name) > 1)
+    if missing := set(jobs) - {"all-green"} - set(jobs["all-green"]["needs"]):
+        yield f"ci.yml: all-green does not need {', '.join(sorted(missing))}"
+
+
+def plan(root: Path, job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What the job's step "nox" puts out when everything is to be tested."""
+    (script,) = (step["run"] for step in job["steps"] if step.get("id") == "nox")
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
+        subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", script],
+            cwd=root,
+            env=os.environ | {"GITHUB_OUTPUT": output.name, "SINCE": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        lines = (line.partition("=") for line in output.read().splitlines())
+        return {name: json.loads(value) for name, _, value in lines}
+
+
+def form_faults(root: Path) -> Iterator[str]:
+    """Where the form for bugs does not offer our distributions."""
+    path = root / ".github" / "ISSUE_TEMPLATE" / "bug.yml"
+    for field in yaml.safe_load(path.read_text(encoding="utf-8"))["body"]:
+        names = sorted(found.name for found in discover(root))
+        if field.get("id") == "package" and field["attributes"]["options"] != names:
+            yield f"{path.name} must offer {', '.join(names)}"
+
+
+def check(root: Path, *, online: bool = False) -> Iterator[str]:
+    """A line for every fault."""
+    folder = root / ".github"
+    yield from schema_faults(folder)
+    where = [] if online else ["--offline"]
+    yield from tool_faults(["zizmor", *where, "--pedantic", "--no-progress", "-q", str(folder)])
+    yield from pin_faults(folder)
+    yield from matrix_faults(root)
+    yield from form_faults(root)
+
+
+def main() -> int:
+    arguments = parser(__doc__, root=ROOT)
+    arguments.add_argument("--online", action="store_true", help="let zizmor ask GitHub, too")
+    options = arguments.parse_args()
+    result = status(check(options.root, online=options.online))
+    if result == 0:
+        tell("workflows, dependabot.yml and issue forms are as they should be")
+    return result
+
+
+if __name__ == "__main__":
+    run(main)
