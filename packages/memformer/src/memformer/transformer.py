@@ -5,13 +5,12 @@ Shapes: b batch, n tokens, m tokens of the context, d model width, h heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from memformer.attention import attend
 from memformer.checks import (
@@ -27,22 +26,7 @@ from memformer.checks import (
 )
 from memformer.legacy import LAYER_KEYS, attend_legacy, check_legacy_options
 from memformer.state import DecoderState
-from shared_core import FeedForward, RelativePositionBias, register_key_map, transformed
-
-Result = TypeVar("Result")
-
-
-def lightly(function: Callable[[Tensor], Result], x: Tensor, *, draws: bool = False) -> Result:
-    """function(x), of which nothing but x is kept for the gradient.
-
-    It is run again, up to the last operation that keeps something, which is not: for functions that
-    end with a product, before which there are cheap operations. `draws`: it draws random numbers.
-    """
-    # A compiler decides for itself, and a transform has no use for what is kept.
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed(x):
-        return function(x)
-    found: Result = checkpoint(function, x, use_reentrant=False, preserve_rng_state=draws)
-    return found
+from shared_core import FeedForward, RelativePositionBias, register_key_map
 
 
 class Attention(nn.Module):
@@ -87,11 +71,11 @@ class AttentionLayer(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """Of the norm of x, (b, n, d) -> (b, h, n, d / h)."""
-        return lightly(lambda x: self.body.queries(self.norm(x)), x)
+        return self.body.queries(self.norm(x))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of the norm of x, (b, n, d) -> (b, h, n, d / h) each."""
-        return lightly(lambda x: self.body.keys_values(self.norm(x)), x)
+        return self.body.keys_values(self.norm(x))
 
     def add(self, x: Tensor, found: Tensor) -> Tensor:
         """x (b, n, d) and what the heads have found, (b, h, n, d / h)."""
@@ -110,13 +94,7 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        hidden = lightly(lambda x: self.body.inner(self.norm(x)), x)
-        draws = self.training and self.body.dropout.p > 0.0
-        out: Tensor = x + self.dropout(lightly(self._outer, hidden, draws=draws))
-        return out
-
-    def _outer(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.body.outer(self.body.dropout(F.gelu(hidden)))
+        out: Tensor = x + self.dropout(self.body(self.norm(x)))
         return out
 
 
