@@ -21,9 +21,10 @@ from memformer.checks import (
     check_tokens,
     check_vectors,
 )
+from memformer.layers import Attention, FeedForwardLayer
 from memformer.legacy import FEED_FORWARD_KEYS, check_legacy_options
 from memformer.segments import Context, Encoded, Segment, split_segments
-from memformer.transformer import Attention, Decoder, Encoder, FeedForwardLayer, TransformerWrapper
+from memformer.transformer import Decoder, Encoder, TransformerWrapper
 from memformer.writers import BMN_BIAS, WRITERS, normalise, write_bmn, write_gru
 from shared_core import eval_mode, generate, register_key_map, stream
 

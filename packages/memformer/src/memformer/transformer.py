@@ -16,7 +16,6 @@ from memformer.attention import attend
 from memformer.checks import (
     check_dropout,
     check_dtype,
-    check_heads,
     check_length,
     check_mask,
     check_only_one,
@@ -24,88 +23,10 @@ from memformer.checks import (
     check_tokens,
     check_vectors,
 )
+from memformer.layers import Layer
 from memformer.legacy import LAYER_KEYS, attend_legacy, check_legacy_options
 from memformer.state import DecoderState
-from shared_core import FeedForward, RelativePositionBias, register_key_map
-
-
-class Attention(nn.Module):
-    """The projections of multi-head attention (h heads of width d / h)."""
-
-    def __init__(self, dim: int, heads: int = 8, *, project_out: bool = True) -> None:
-        check_heads(dim, heads)
-        super().__init__()
-        self.heads: int = heads
-        self.scale: float = (dim // heads) ** -0.5
-        self.to_q: nn.Linear = nn.Linear(dim, dim)
-        self.to_kv: nn.Linear = nn.Linear(dim, dim * 2)
-        self.to_out: nn.Linear | None = nn.Linear(dim, dim) if project_out else None
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(b, n, d) -> (b, h, n, d / h), scaled."""
-        q: Tensor = self.to_q(x) * self.scale
-        heads: Tensor = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return heads
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, m, d) -> keys and values, (b, h, m, d / h) each."""
-        k, v = self.to_kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return k.transpose(1, 2), v.transpose(1, 2)
-
-    def merge(self, out: Tensor) -> Tensor:
-        """(b, h, n, d / h) -> (b, n, d)."""
-        out = out.transpose(1, 2).flatten(2)
-        if self.to_out is not None:
-            out = self.to_out(out)
-        return out
-
-
-class AttentionLayer(nn.Module):
-    """Attention, a norm before it, and dropout behind."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm: nn.LayerNorm = nn.LayerNorm(dim)
-        self.body: Attention = Attention(dim, heads)
-        self.dropout: nn.Dropout = nn.Dropout(dropout)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Of the norm of x, (b, n, d) -> (b, h, n, d / h)."""
-        return self.body.queries(self.norm(x))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the norm of x, (b, n, d) -> (b, h, n, d / h) each."""
-        return self.body.keys_values(self.norm(x))
-
-    def add(self, x: Tensor, found: Tensor) -> Tensor:
-        """x (b, n, d) and what the heads have found, (b, h, n, d / h)."""
-        out: Tensor = x + self.dropout(self.body.merge(found))
-        return out
-
-
-class FeedForwardLayer(nn.Module):
-    """x + feed-forward of its norm, with dropout."""
-
-    def __init__(self, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.norm: nn.LayerNorm = nn.LayerNorm(dim)
-        self.body: FeedForward = FeedForward(dim, dropout=dropout)
-        self.dropout: nn.Dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        out: Tensor = x + self.dropout(self.body(self.norm(x)))
-        return out
-
-
-class Layer(nn.Module):
-    """Self-attention, attention to the context, feed-forward."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.self_attn: AttentionLayer = AttentionLayer(dim, heads, dropout)
-        self.cross_attn: AttentionLayer = AttentionLayer(dim, heads, dropout)
-        self.feed_forward: FeedForwardLayer = FeedForwardLayer(dim, dropout)
+from shared_core import RelativePositionBias, register_key_map
 
 
 class Blocks(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memformer.transformer import Attention
+from memformer.layers import Attention
 from shared_core import transformed
 
 WRITERS = ("gru", "bmn")
