@@ -196,7 +196,9 @@ def newest(session: nox.Session, package: str) -> None:
 def audit(session: nox.Session) -> None:
     """Look for known vulnerabilities in what tools/constraints.txt pins (asks PyPI)."""
     install(session, *group("audit"))
-    session.run("pip-audit", "--disable-pip", "--no-deps", "-r", str(CONSTRAINTS), log=False)
+    # Strict: what cannot be looked up is a fault, too.
+    options = ("--strict", "--disable-pip", "--no-deps", "-r", str(CONSTRAINTS))
+    session.run("pip-audit", *options, log=False)
 
 
 @nox.session
