@@ -239,6 +239,36 @@ def test_data_parallel_of_a_lone_token() -> None:
     assert_data_parallel(build_singles, (tokens(1, torch.device("cpu"), b=4),))
 
 
+@pytest.mark.parametrize("blocks", [(), ("layers.0", "to_kv")])
+def test_generates_while_it_is_sharded(blocks: tuple[str, ...]) -> None:
+    """Fresh, and after each step of training, though nothing then calls the model as a whole."""
+    from shared_core.testing import run_ranks
+
+    x = tokens(6, torch.device("cpu"))
+    for found, expected in run_ranks(_train_and_generate, 1, x, blocks, timeout=120.0)[0]:
+        assert torch.equal(found, expected)
+
+
+def _train_and_generate(x: Tensor, blocks: tuple[str, ...]) -> list[tuple[Tensor, Tensor]]:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    sharded, plain = build(), build()
+    for name in blocks:
+        fully_shard(sharded.get_submodule(name), mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    models = (sharded, plain)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.5) for model in models]
+    found = []
+    for _ in range(3):
+        found.append(tuple(model.generate(x, 8, temperature=0) for model in models))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return found
+
+
 def build_pairs() -> nn.Module:
     return build()
 

@@ -76,3 +76,32 @@ def test_biases_grow_with_what_is_remembered(kit: Any) -> None:
     prompt = kit.tokens(1, 1)
     found = model.generate(prompt, 60, temperature=0)
     assert torch.equal(found, again(model, prompt, 60))
+
+
+@pytest.mark.parametrize("before", [4, 5])
+def test_goes_on_from_a_memory(kit: Any, changes: dict[str, Any], before: int) -> None:
+    model = kit.make(**changes)
+    x = kit.tokens(3, 8)
+    _, memory = model(x[:, :before], None, True)
+    expected = model.generate(x, 9, temperature=0)
+    for given in (memory, memory.detach()):
+        found = model.generate(x[:, before:], 9, temperature=0, memory=given)
+        assert torch.equal(found, expected)
+    streamed = [*model.stream(x[:, before:], 9, temperature=0, memory=memory)]
+    assert torch.equal(torch.stack(streamed, 1), expected)
+
+
+@pytest.mark.parametrize("seq_len", [1, 2])
+def test_shorter_prompts_are_padded_in_front(kit: Any, seq_len: int) -> None:
+    """By whole segments, that is: a row goes on as it does alone."""
+    model = kit.make(seq_len=seq_len)
+    x = kit.tokens(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool, device=kit.device)
+    mask[0, :4] = False
+    found = model.generate(x, 8, temperature=0, mask=mask)
+    assert torch.equal(found[:1], model.generate(x[:1, 4:], 8, temperature=0))
+    assert torch.equal(found[1:], model.generate(x[1:], 8, temperature=0))
+    assert torch.equal(torch.stack([*model.stream(x, 8, temperature=0, mask=mask)], 1), found)
+    # What is behind the mask does not matter.
+    x[0, :4] = 3
+    assert torch.equal(model.generate(x, 8, temperature=0, mask=mask), found)

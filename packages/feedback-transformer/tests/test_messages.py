@@ -76,6 +76,12 @@ def test_dropouts(name: str, value: float) -> None:
     refused(ValueError, call, f"{name} must be from 0 to 1, got {value}")
 
 
+@pytest.mark.parametrize("name", ["attn_dropout", "ff_dropout"])
+def test_dropouts_that_are_no_numbers(name: str) -> None:
+    call = lambda: FeedbackTransformer(**SETTINGS, **{name: "a"})  # noqa: E731
+    refused(TypeError, call, f"{name} must be a number, got 'a'")
+
+
 def test_unknown_keywords(kit: Any) -> None:
     refused(TypeError, lambda: FeedbackTransformer(**SETTINGS, no_such=1), "no_such")
     refused(TypeError, lambda: kit.make()(kit.tokens(1, 2), no_such=1), "no_such")
@@ -105,8 +111,14 @@ def test_tokens_of_another_shape(kit: Any, model: Any, shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5), (6,)])
 def test_embeddings_of_another_shape(kit: Any, model: Any, shape: tuple[int, ...]) -> None:
-    x = torch.zeros(shape, device=kit.device)
+    x = torch.zeros(shape, dtype=torch.float64, device=kit.device)
     refused(ValueError, lambda: model(x), f"embeddings must be (b, n, 6), got shape {shape}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_of_another_type(kit: Any, model: Any, dtype: torch.dtype) -> None:
+    x = kit.normal(2, 3, 6).to(dtype)
+    refused(TypeError, lambda: model(x), "embeddings must be torch.float64", f"got {dtype}")
 
 
 def test_no_tokens(kit: Any, model: Any) -> None:
@@ -115,10 +127,10 @@ def test_no_tokens(kit: Any, model: Any) -> None:
     refused(ValueError, lambda: model.generate(kit.tokens(2, 0), 3), "(2, 0)")
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.uint8, torch.int16])
 def test_other_types(kit: Any, model: Any, dtype: torch.dtype) -> None:
     x = torch.zeros(2, 3, dtype=dtype, device=kit.device)
-    refused(TypeError, lambda: model(x), "integer tokens or floating-point embeddings", dtype)
+    refused(TypeError, lambda: model(x), "torch.int32 or torch.int64, or floating-point", dtype)
 
 
 @pytest.mark.parametrize("token", [-1, 11, 700])
@@ -262,6 +274,21 @@ def test_generation(kit: Any) -> None:
         refused(ValueError, lambda: call(x[0], 1), "(3,)")  # noqa: B023
 
 
+def test_masks_and_memories_of_prompts(kit: Any, model: Any) -> None:
+    x = kit.tokens(2, 4)
+    mask = torch.ones(2, 4, dtype=torch.bool, device=kit.device)
+    for call in (model.generate, model.stream):
+        words = "mask must be (2, 4), got shape (2, 3)"
+        refused(ValueError, lambda: call(x, 1, mask=mask[:, 1:]), words)  # noqa: B023
+        refused(TypeError, lambda: call(x, 1, mask=mask.float()), "mask must be boolean")  # noqa: B023
+        late = mask.clone()
+        late[1, 3] = False
+        words = "the last token of a prompt must take part, masked in row 1"
+        refused(ValueError, lambda: call(x, 1, mask=late), words)  # noqa: B023
+        words = "memory must be (2, m, 8)"
+        refused(ValueError, lambda: call(x, 1, memory=memory_of(kit, b=3)), words)  # noqa: B023
+
+
 def test_second_derivatives_through_dropout(kit: Any) -> None:
     model = kit.make(ff_dropout=0.5).train()
     x = kit.normal(1, 4, 6).requires_grad_()
@@ -284,12 +311,8 @@ def test_weights_are_packed_once(kit: Any) -> None:
     refused(TypeError, lambda: fused.matrix(packed), "weights must not be packed yet")
     laid_out = weights._replace(key_value=packed)
     from feedback_transformer.feedback import _project
-    from feedback_transformer.generation import lay_out_for_steps
 
     sizes = model._sizes()
-    refused(
-        TypeError, lambda: lay_out_for_steps(laid_out, sizes, 1), "weights must not be packed yet"
-    )
     refused(
         TypeError,
         lambda: _project(kit.normal(1, 1, 6), laid_out, weights.layers[0], 0, sizes),

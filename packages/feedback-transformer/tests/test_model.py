@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -427,6 +428,58 @@ def test_jacobi_is_right_where_it_ends(
     assert not ran
 
 
+def gentle(device: torch.device, dtype: torch.dtype) -> FeedbackTransformer:
+    """As it is built, but for places and layers: few passes are enough."""
+    torch.manual_seed(1)
+    model = FeedbackTransformer(
+        num_tokens=17, dim=32, depth=3, mem_len=16, seq_len=1, heads=2, dim_head=16
+    ).to(device, dtype)
+    with torch.no_grad():
+        model.pos_emb.relative_attention_bias.weight.mul_(0.3)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_jacobi_is_as_exact_as_the_sequence(device: torch.device, dtype: torch.dtype) -> None:
+    """Units of half precision are no bound to stop at."""
+    model = gentle(device, dtype)
+    x = torch.randint(17, (2, 40), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x)
+        error = (model(x) - expected).abs().max()
+        found = (model(x, solver="jacobi") - expected).abs().max()
+    assert found <= 3 * error
+
+
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e6])
+def test_jacobi_does_not_measure_a_row_by_another(
+    device: torch.device, large: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jacobi, "PASSES", 100)
+    model = gentle(device, torch.float32)
+    x = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    x[1, -1] *= large
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())[0]
+        found = model(x, solver="jacobi")[0]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_no_jacobi_with_dropout_or_a_context(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = count_passes(monkeypatch)
+    x = kit.tokens(2, 8)
+    with torch.no_grad():
+        dropping = kit.make(ff_dropout=0.5).train()
+        torch.manual_seed(0)
+        expected = dropping(x)
+        torch.manual_seed(0)
+        assert torch.equal(dropping(x, solver="jacobi"), expected)
+        kit.make(dim_context=5)(x, solver="jacobi", context=kit.normal(2, 3, 5))
+        assert not passes
+        dropping.eval()(x, solver="jacobi")
+    assert passes
+
+
 def test_jacobi_falls_back(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After few passes the last segments are not there yet; the result is right all the same."""
     monkeypatch.setattr(jacobi, "PASSES", 3)
@@ -490,6 +543,21 @@ def test_packed_weights_give_the_same(
         assert torch.equal(found[0][1], found[1][1])
         for ours, theirs in zip(found[0][2], found[1][2], strict=True):
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize(("n", "gradients"), [(2, True), (2, False), (4, True)])
+def test_one_segment_with_gradients_is_left_to_autograd(
+    kit: Any, n: int, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is faster there."""
+    ran = []
+    whole = fused.run_fused
+    monkeypatch.setattr(
+        "feedback_transformer.sequence.run_fused", lambda *x: (ran.append(1), whole(*x))[1]
+    )
+    with torch.set_grad_enabled(gradients):
+        kit.make()(kit.tokens(2, n))
+    assert bool(ran) == (n > 2 or not gradients)
 
 
 def test_saved_activations_are_linear_in_the_length(kit: Any) -> None:

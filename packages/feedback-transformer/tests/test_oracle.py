@@ -124,10 +124,10 @@ def test_gradients_through_a_carried_memory(kit: Any, changes: dict[str, Any]) -
 def test_second_derivatives(kit: Any) -> None:
     for changes in ({}, {"seq_len": 1, "norm_memory": True, "mem_len": 2}, {"shared_kv": False}):
         model = kit.make(dim=4, dim_head=2, depth=1, **changes)
-        x, memory = kit.tokens(1, 2), model(kit.tokens(1, 4), None, True)[1]
+        x, memory = kit.tokens(1, 4), model(kit.tokens(1, 4), None, True)[1]
         embeddings = model.token_emb(x).detach().requires_grad_()
         keys, values = (y.detach().requires_grad_() for y in memory[:2])
-        mask = torch.tensor([[True, False]], device=kit.device)
+        mask = torch.tensor([[True, False, True, True]], device=kit.device)
 
         def run(
             embeddings: Tensor,

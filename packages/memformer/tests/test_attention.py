@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memformer import attention
+from memformer import attention, blocks
 from shared_core.testing import assert_compiles, assert_same_gradients
 
 SIZES = st.integers(1, 6)
@@ -63,12 +63,12 @@ def test_blocks_equal_loops(
     m = n + more if causal else max(1, n + more - 2)
     mask = torch.rand(b, m) < 0.6 if masked else None
     given = inputs(b, h, n, m, device)[: 4 if biased else 3]
-    before = attention._WORKING_SET
-    attention._WORKING_SET = room
+    before = blocks.WORKING_SET
+    blocks.WORKING_SET = room
     try:
         assert_same_gradients(blocked(mask, causal), plain(mask, causal), given)
     finally:
-        attention._WORKING_SET = before
+        blocks.WORKING_SET = before
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_blocks_equal_loops(
 def test_many_blocks_of_queries(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, n: int, m: int, causal: bool
 ) -> None:
-    monkeypatch.setattr(attention, "_WORKING_SET", 64 * m)
-    monkeypatch.setattr(attention, "_ACCELERATOR_WORKING_SET", 64 * m)
+    monkeypatch.setattr(blocks, "WORKING_SET", 64 * m)
+    monkeypatch.setattr(blocks, "ACCELERATOR_WORKING_SET", 64 * m)
     mask = torch.rand(2, m, device=device) < 0.8
     mask[:, 0] = True
     given = inputs(2, 3, n, m, device)
@@ -168,3 +168,86 @@ def test_the_operator_keeps_what_operators_promise(device: torch.device) -> None
     mask = torch.tensor([[True, False, True, True]], device=device)
     torch.library.opcheck(torch.ops.memformer.attend.default, (q, k, v, by_distance, mask, True))
     torch.library.opcheck(torch.ops.memformer.attend.default, (q, k, v, None, None, False))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_autocast_changes_nothing_inside(device: torch.device, causal: bool) -> None:
+    """The dtype of what comes in decides, in the backward pass too."""
+    mask = torch.rand(2, 70, device=device) < 0.8
+    given = [x.float() for x in inputs(2, 2, 70, 70, device)]
+
+    def run() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in given]
+        out = blocked(mask, causal)(*leaves)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+        return [out, *first, *second]
+
+    expected = run()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found = run()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_kind_of_derivative(device: torch.device, causal: bool, masked: bool) -> None:
+    """Each is that of plain operations, or of the operator's own gradient."""
+    mask = torch.tensor([[True, True, False, True]], device=device) if masked else None
+    given, tangents = inputs(1, 2, 3, 4, device), inputs(1, 2, 3, 4, device)
+
+    def exact(*x: Tensor) -> Tensor:
+        return attention.attend_plain(*x, mask, causal)
+
+    run = blocked(mask, causal)
+    for names in (given, [*given[:3], given[3].new_zeros(given[3].shape)]):
+        expected = torch.func.jvp(exact, tuple(names), tuple(tangents))
+        found = torch.func.jvp(run, tuple(names), tuple(tangents))
+        torch.testing.assert_close(found, expected)
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        expected = transform(lambda *x: exact(*x).square().sum(), argnums=(0, 3))(*given)
+        found = transform(lambda *x: run(*x).square().sum(), argnums=(0, 3))(*given)
+        torch.testing.assert_close(found, expected)
+    rows = [torch.stack((x, -x, 2 * x)) for x in given]
+    each = torch.func.vmap(torch.func.grad(lambda *x: run(*x).square().sum()))
+    expected = torch.func.vmap(torch.func.grad(lambda *x: exact(*x).square().sum()))(*rows)
+    torch.testing.assert_close(each(*rows), expected)
+
+
+def test_third_derivatives(device: torch.device) -> None:
+    given = inputs(1, 2, 3, 4, device)
+    directions = inputs(1, 2, 3, 4, device)
+
+    def third(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in given]
+        value = run(*leaves).pow(3).sum()
+        for _ in range(2):
+            grads = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum((x * y).sum() for x, y in zip(grads, directions, strict=True))
+        return torch.autograd.grad(value, leaves)
+
+    def exact(*x: Tensor) -> Tensor:
+        return attention.attend_plain(*x, None, True)
+
+    torch.testing.assert_close(third(blocked(None, True)), third(exact))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_logits_that_float16_can_hardly_tell_from_nothing(
+    device: torch.device, n: int, causal: bool
+) -> None:
+    """What is hidden stays so, however low the logits that take part and high those that do not."""
+    q = torch.full((1, 1, n, 2), 200.0, device=device)
+    k = torch.tensor([[-100.0, -90.0], [-100.0, -90.0], [80.0, 80.0]], device=device)[None, None]
+    v = torch.tensor([[1.0, 1.0], [3.0, 3.0], [77.0, 77.0]], device=device)[None, None]
+    mask = None if causal and n > 1 else torch.tensor([[True, True, False]], device=device)
+    kinds = torch.float16, torch.float64
+    found, expected = (blocked(mask, causal)(*(x.to(kind) for x in (q, k, v))) for kind in kinds)
+    seen = slice(0, 2) if mask is None else slice(None)
+    torch.testing.assert_close(found[:, :, seen].double(), expected[:, :, seen])
+    with torch.no_grad():
+        again = blocked(mask, causal)(q.half(), k.half(), v.half())
+    torch.testing.assert_close(again[:, :, seen].double(), expected[:, :, seen])

@@ -121,9 +121,9 @@ def test_the_model_reads_segments_and_answers(
     assert model.training
     model.eval()
     read = model.encode(src, mems, mask)
-    assert torch.equal(out.mem, read.mem)
+    torch.testing.assert_close(out.mem, read.mem)
     expected = model.decoder.generate(
-        prompt, 5, temperature=0.0, context=read.enc_out, tgt_mask=mask[:, 18:]
+        prompt, 5, temperature=0.0, context=read.enc_out, tgt_mask=read.mask
     )
     assert torch.equal(out.tokens, expected)
     streamed = model.stream(src, 5, prompt=prompt, mems=mems, src_mask=mask, temperature=0.0)
@@ -134,6 +134,76 @@ def test_the_model_reads_segments_and_answers(
         model.generate(src, 5, temperature=0.0),
         model.generate(src, 5, prompt=zeros, temperature=0.0),
     )
+
+
+def test_rows_that_end_before_others_answer_as_they_do_alone(
+    make_model: MakeModel, tokens: Tokens, writer: str
+) -> None:
+    model = make_model(writer=writer)
+    lengths = (25, 9, 4, 20)
+    src, prompt = tokens(4, 25), tokens(4, 2, seed=4)
+    mask = torch.arange(25, device=src.device) < torch.tensor(lengths, device=src.device)[:, None]
+    options: dict[str, Any] = {"temperature": 0.0}
+    found = model.generate(src, 6, prompt=prompt, src_mask=mask, return_mem=True, **options)
+    streamed = torch.stack(list(model.stream(src, 6, prompt=prompt, src_mask=mask, **options)), 1)
+    assert torch.equal(streamed, found.tokens)
+    for i, n in enumerate(lengths):
+        one = prompt[i : i + 1]
+        alone = model.generate(src[i : i + 1, :n], 6, prompt=one, return_mem=True, **options)
+        assert torch.equal(found.tokens[i], alone.tokens[0])
+        torch.testing.assert_close(found.mem[i], alone.mem[0])
+    read = model.encode(src, None, mask)
+    for i, n in enumerate(lengths):
+        alone = model.encode(src[i : i + 1, :n])
+        torch.testing.assert_close(read.enc_out[i, read.mask[i]], alone.enc_out[0])
+    # Where no segment has a token, there is nothing to attend to.
+    nothing = model.generate(src, 6, prompt=prompt, src_mask=mask & (mask[:, -1:]), **options)
+    expected = model.decoder.generate(
+        prompt, 6, **options, context=src.new_zeros(4, 1, 12).double(),
+        tgt_mask=torch.zeros_like(prompt[:, :1]).bool(),
+    )  # fmt: skip
+    assert torch.equal(nothing[1:], expected[1:])
+
+
+def test_the_keys_kept_have_the_dtype_of_autocast(
+    make_model: MakeModel, tokens: Tokens, randn: Randn
+) -> None:
+    net = make_model().float().decoder.net
+    x, context = tokens(2, 4), randn(2, 5, 12).float()
+    for given in (context, None):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            state = net.layer_blocks.init_state(2, 6, given)
+            hidden, state = net.layer_blocks.step(net.embed(x), state)
+        kept = (*state.keys, *state.values, *state.cross_keys, *state.cross_values)
+        assert {part.dtype for part in kept} == {torch.bfloat16}
+        expected, _ = net.layer_blocks.step(net.embed(x), net.layer_blocks.init_state(2, 6, given))
+        assert (hidden - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_legacy_decoder_without_a_context_reads_everything_anew(
+    make_model: MakeModel, tokens: Tokens
+) -> None:
+    """There the reference attends to all tokens, later ones included."""
+    model, start = make_model(legacy=True), tokens(2, 3)
+    found = model.decoder.generate(start, 5, temperature=0.0)
+    assert torch.equal(found, greedy(model, None, start, 5))
+
+
+def test_a_state_is_detached_and_moved(make_model: MakeModel, tokens: Tokens, randn: Randn) -> None:
+    net, x = make_model().decoder.net, tokens(2, 4)
+    state = net.layer_blocks.init_state(2, 4, randn(2, 3, 12))
+    hidden, state = net.layer_blocks.step(net.embed(x[:, :3]), state, torch.ones(2, 3) > 0)
+    # Whoever steps by hand with gradients on gets none, and no graph over what is overwritten.
+    assert not hidden.requires_grad
+    for other in (state.detach(), state.to(x.device), state.to("cpu").to(x.device)):
+        copy = other.reorder(torch.arange(2, device=x.device))
+        found, _ = net.layer_blocks.step(net.embed(x[:, 3:]), copy)
+        expected, _ = net.layer_blocks.step(net.embed(x[:, 3:]), state)
+        assert torch.equal(found, expected)
+        assert other.length == 3
+    assert state.to("meta").keys[0].device.type == "meta"
+    graph = state._replace(by_distance=state.by_distance.clone().requires_grad_())
+    assert not graph.detach().by_distance.requires_grad
 
 
 def test_segments_are_read_once_and_tokens_too(make_model: MakeModel, tokens: Tokens) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from memformer import (
     AutoregressiveWrapper,
+    Context,
     Decoder,
     Encoder,
     Memformer,
@@ -34,6 +36,9 @@ BUILD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_memory_slots": 0}, ValueError, "num_memory_slots must be at least 1, got 0"),
     ({"num_memory_slots": 2.0}, TypeError, "num_memory_slots must be an integer, got 2.0"),
     ({"num_mem_updates": 0}, ValueError, "num_mem_updates must be at least 1, got 0"),
+    ({"num_mem_updates": True}, TypeError, "num_mem_updates must be an integer, got True"),
+    ({"num_mem_updates": "2"}, TypeError, "num_mem_updates must be an integer, got '2'"),
+    ({"num_mem_updates": -1, "legacy": True}, ValueError, "must be at least 0, got -1"),
     ({"mem_update_attn_heads": 5}, ValueError, "dim=12 and mem_update_attn_heads=5"),
     ({"enc_heads": 5}, ValueError, "dim=12 and heads=5"),
     ({"enc_depth": 0}, ValueError, "depth must be at least 1, got 0"),
@@ -71,7 +76,7 @@ FORWARD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"inputs_embeds": torch.zeros(2, 5, 12)}, ValueError, "inputs_embeds, got both"),
     ({"src": None, "inputs_embeds": torch.zeros(2, 5, 11)}, ValueError, r"\(b, n, 12\).*2, 5, 11"),
     ({"src": None, "inputs_embeds": SRC}, TypeError, "inputs_embeds must be floating point"),
-    ({"src": None, "inputs_embeds": torch.zeros(2, 10, 12)}, ValueError, "10 tokens.*len=9"),
+    ({"src": None, "inputs_embeds": torch.zeros(2, 10, 12).double()}, ValueError, "10 tokens"),
     ({"tgt": LONG}, ValueError, "tgt has 10 tokens, more than max_seq_len=9"),
     ({"tgt": TGT[:1]}, ValueError, "tgt must have 2 rows, got 1"),
     ({"tgt": TGT[:, :1]}, ValueError, r"t >= 2, got shape \(2, 1\)"),
@@ -84,6 +89,19 @@ FORWARD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mems": torch.zeros(2, 3, 13)}, ValueError, r"mems must be \(b, n, 12\).*\(2, 3, 13\)"),
     ({"mems": torch.zeros(2, 4, 12)}, ValueError, "mems must have 3 slots, got 4"),
     ({"mems": torch.zeros(2, 3, 12).int()}, TypeError, "mems must be floating point"),
+    ({"mems": torch.zeros(2, 3, 12)}, TypeError, "mems must be torch.float64 as the model is, got"),
+    (
+        {"src": None, "inputs_embeds": torch.zeros(2, 5, 12)},
+        TypeError,
+        "embeds must be torch.float64",
+    ),
+    ({"src_mask": [[True] * 5] * 2}, TypeError, "src_mask must be a boolean tensor, got list"),
+    (
+        {"earlier": Context(torch.zeros(2, 4, 11), None)},
+        ValueError,
+        r"enc_out must be \(b, n, 12\)",
+    ),
+    ({"earlier": Context(torch.zeros(2, 4, 12), mask(2, 5))}, ValueError, r"earlier.mask must be"),
     ({"src_mask": mask(2, 6)}, ValueError, r"src_mask must be \(2, 5\), got shape \(2, 6\)"),
     ({"src_mask": SRC}, TypeError, "src_mask must be boolean, got torch.int64"),
     ({"tgt": TGT, "tgt_mask": mask(2, 6)}, ValueError, r"\(2, 4\) or \(2, 3\), got \(2, 6\)"),
@@ -124,6 +142,10 @@ def test_a_target_without_a_decoder(lazy: Callable[..., Memformer]) -> None:
     for given in ({"tgt": TGT}, {"tgt_mask": mask(2, 4)}, {"return_logits": True}):
         with pytest.raises(ValueError, match="encoder_only=True takes no tgt, tgt_mask or logits"):
             model(SRC, **given)
+    with pytest.raises(ValueError, match="earlier is for a decoder"):
+        model(SRC, earlier=Context(torch.zeros(2, 5, 12), None))
+    with pytest.raises(ValueError, match="earlier is for a decoder, and not for a legacy one"):
+        lazy(legacy=True)(SRC, earlier=Context(torch.zeros(2, 5, 12), None))
     with pytest.raises(ValueError, match="can generate, got encoder_only=True"):
         model.generate(SRC, 3)
 
@@ -175,6 +197,9 @@ def test_states(make_model: MakeModel) -> None:
         decoder.init_state(2, 0)
     with pytest.raises(ValueError, match="about the context, and there is none"):
         decoder.init_state(2, 4, None, mask(2, 5))
+    legacy = make_model(legacy=True).cpu().decoder.net.layer_blocks
+    with pytest.raises(ValueError, match="without a context attends to all tokens at once"):
+        legacy.init_state(2, 4)
     state = decoder.init_state(2, 4)
     _, state = decoder.step(x, state)
     with pytest.raises(ValueError, match="state has room for 4 tokens, got 6"):
@@ -209,6 +234,14 @@ def test_wrappers() -> None:
             num_tokens=5, max_seq_len=4, dim=8, layer_blocks=blocks, return_logits=False,
             tie_embeddings=True,
         )  # fmt: skip
+    with pytest.raises(ValueError, match="dim must be that of layer_blocks, got 6 and 8"):
+        TransformerWrapper(num_tokens=5, max_seq_len=4, dim=6, layer_blocks=blocks)
+    legacy = Encoder(8, 1, heads=2, legacy=True)
+    for name, option in (("tie_embeddings", True), ("dropout", 0.1)):
+        with pytest.raises(ValueError, match=f"legacy=True has no {name}"):
+            TransformerWrapper(
+                num_tokens=5, max_seq_len=4, dim=8, layer_blocks=legacy, **{name: option}
+            )
     net = TransformerWrapper(num_tokens=5, max_seq_len=4, dim=8, layer_blocks=blocks)
     with pytest.raises(ValueError, match="x has 5 tokens, more than max_seq_len=4"):
         net(SRC)
@@ -227,8 +260,12 @@ def test_replay(lazy: Callable[..., Memformer]) -> None:
         memory_replay_backprop(model, long, TGT, None, [mask(2, 4)])
     with pytest.raises(ValueError, match="got 3 and 1 masks"):
         memory_replay_backprop(model, long, TGT, [mask(2, 9)])
-    with pytest.raises(ValueError, match=r"src_mask must be \(2, 2\), got shape \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"src_mask must be \(2, 20\), got shape \(2, 19\)"):
         memory_replay_backprop(model, long, TGT, mask(2, 19))
+    with pytest.raises(TypeError, match="src_mask must be a list as src is, got a tensor"):
+        memory_replay_backprop(model, list(long.split(9, 1)), TGT, mask(2, 20))
+    with pytest.raises(TypeError, match="resets must be a boolean tensor, got list"):
+        memory_replay_backprop(model, long, TGT, resets=[[True] * 3] * 2)
     with pytest.raises(ValueError, match="truncation must be at least 1, got 0"):
         memory_replay_backprop(model, long, TGT, truncation=0)
     with pytest.raises(ValueError, match=r"resets must be \(2, 3\), got shape \(2, 2\)"):
@@ -241,3 +278,24 @@ def test_replay(lazy: Callable[..., Memformer]) -> None:
         memory_replay_backprop(lazy(encoder_only=True), long, TGT)
     with pytest.raises(TypeError, match="nonsense"):
         memory_replay_backprop(model, long, TGT, nonsense=1)
+
+
+def test_what_a_loss_function_returns(make_model: MakeModel) -> None:
+    """Refused while no gradient has been added, where the last segment's is wrong already."""
+    model = make_model().cpu()
+    long = torch.zeros(2, 20, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"one number, got shape \(2,\) for segment 2"):
+        memory_replay_backprop(model, long, TGT, loss_fn=lambda out, _: out.mem[:, 0, 0])
+    with pytest.raises(TypeError, match="a tensor or None, got float"):
+        memory_replay_backprop(model, long, TGT, loss_fn=lambda *_: 0.0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_compiler_around_data_parallel(make_model: MakeModel) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.compile(nn.parallel.DistributedDataParallel(make_model().cpu()))
+        with pytest.raises(TypeError, match="compile the model, then wrap it"):
+            memory_replay_backprop(wrapped, SRC, TGT)
+    finally:
+        dist.destroy_process_group()

@@ -181,6 +181,78 @@ def test_a_row_is_reset_alone(
     assert model.memory_slots.grad.isfinite().all()
 
 
+def test_nan_in_what_is_masked_is_not_written(
+    make_model: MakeModel, randn: Randn, writer: str
+) -> None:
+    model = make_model(writer=writer)
+    segment, mems = randn(2, 5, 12), randn(2, 3, 12, seed=2)
+    mask = torch.tensor([[True] * 5, [True, False] * 2 + [True]], device=mems.device)
+    expected = model.write(mems, segment, mask)
+    assert close(
+        model.write(mems, segment.masked_fill(~mask[..., None], torch.nan), mask), expected
+    )
+
+
+def test_no_weights_of_a_slot_are_kept(make_model: MakeModel, randn: Randn, writer: str) -> None:
+    """Of 40 tokens, 3 slots and 3 heads; and the gradient is what it is with them."""
+    model = make_model(writer=writer)
+    segment = randn(1, 40, 12).requires_grad_()
+    kept: list[tuple[int, ...]] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = model.write(randn(1, 3, 12), segment)
+    assert kept
+    assert not any(40 in shape[-1:] or 41 in shape[-1:] for shape in kept if len(shape) == 4)
+    (found,) = torch.autograd.grad(out.square().sum(), segment)
+    numbers = torch.func.grad(lambda x: model.write(randn(1, 3, 12), x).square().sum())
+    assert close(numbers(segment.detach()), found)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_sublayers_keep_what_their_products_need(
+    make_model: MakeModel, randn: Randn, dropout: float
+) -> None:
+    """Of a feed-forward layer the input and what the first product gives; the gradient is exact."""
+    layer = make_model(dropout=dropout).encoder.layer_blocks.layers[0].feed_forward
+    x = randn(1, 40, 12).requires_grad_()
+    weights = {p.data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.data_ptr() not in weights and x.is_floating_point():
+            kept[x.data_ptr()] = x.numel()
+        return x
+
+    torch.manual_seed(3)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = layer(x)
+    if not dropout:
+        assert sorted(kept.values()) in ([], [40 * 12], [40 * 12, 40 * 48])
+    (found,) = torch.autograd.grad(out.square().sum(), x)
+    torch.manual_seed(3)
+    body = layer.body
+    hidden = body.dropout(F.gelu(body.inner(layer.norm(x))))
+    again = x + layer.dropout(body.outer(hidden))
+    (expected,) = torch.autograd.grad(again.square().sum(), x)
+    assert close(out, again)
+    assert close(found, expected)
+
+
+def test_slots_in_half_precision(make_model: MakeModel, tokens: Tokens) -> None:
+    """The squares of what a slot of a wide model begins with are 0 in float16."""
+    model = make_model(writer="bmn", encoder_only=True, dim=510).float()
+    with torch.no_grad():
+        model.memory_slots.normal_(std=4e-5)
+    expected = model.get_initial_mem(1)
+    found = model.half().get_initial_mem(1)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert model(tokens(1, 6)).mem.isfinite().all()
+
+
 def test_slots_never_see_each_other(make_model: MakeModel, randn: Randn, writer: str) -> None:
     model = make_model(writer=writer, num_mem_updates=2)
     segment, mems = randn(2, 5, 12), randn(2, 3, 12, seed=2).requires_grad_()
@@ -250,6 +322,44 @@ def test_the_memory_keeps_its_dtype(make_model: MakeModel, tokens: Tokens, write
     with torch.autocast(src.device.type, dtype=torch.bfloat16):
         out = model(src, mems=mem)
     assert out.mem.dtype == torch.float32
+
+
+# --- Derivatives
+
+
+def test_transforms_of_a_whole_model(
+    make_model: MakeModel, tokens: Tokens, randn: Randn, writer: str
+) -> None:
+    """Forward-mode derivatives and torch.func give what backward gives."""
+    model = make_model(writer=writer)
+    tgt, mask = tokens(2, 5), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    x, tangent = randn(2, 6, 12), randn(2, 6, 12, seed=2)
+
+    def loss(x: Tensor) -> Tensor:
+        out = model(None, tgt, src_mask=mask.to(x.device), inputs_embeds=x)
+        return out.dec_out + out.mem.square().mean()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert close(torch.func.grad(loss)(x), expected)
+    assert close(torch.func.jacrev(loss)(x), expected)
+    _, found = torch.func.jvp(loss, (x,), (tangent,))
+    assert close(found, (expected * tangent).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert close(torch.autograd.forward_ad.unpack_dual(dual).tangent, found)
+    weights = dict(model.named_parameters())
+
+    def of_weights(weights: dict[str, Tensor]) -> Tensor:
+        found = torch.func.functional_call(model, weights, (tokens(2, 6), tgt))
+        return found.dec_out
+
+    mine = torch.func.grad(of_weights)({name: p.detach() for name, p in weights.items()})
+    model.zero_grad()
+    model(tokens(2, 6), tgt).dec_out.backward()
+    for name, parameter in weights.items():
+        if parameter.grad is not None:
+            assert close(mine[name], parameter.grad), name
 
 
 # --- Options ------------------------------------------------------------------------------------
@@ -366,7 +476,9 @@ def test_segments_are_read_one_after_the_other(
         out = model(src[:, i : i + 9], mems=mem, src_mask=mask[:, i : i + 9])
         mem = out.mem
     whole = model.encode(src, mems, mask)
-    assert torch.equal(whole.enc_out, out.enc_out)
+    # As long as the longest segment.
+    assert torch.equal(whole.enc_out[:, :3], out.enc_out)
+    assert torch.equal(whole.mask, F.pad(mask[:, 18:], (0, 6)))
     assert torch.equal(whole.mem, mem)
     pieces = model.encode(list(src.split(9, 1)), mems, list(mask.split(9, 1)))
     assert torch.equal(pieces.mem, mem)

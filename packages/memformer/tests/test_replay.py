@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memformer import Memformer, memory_replay_backprop
+from memformer import Context, Memformer, memory_replay_backprop
 from shared_core.testing import run_ranks
 
 if TYPE_CHECKING:
@@ -43,9 +43,11 @@ def at_once(
     """One graph of all segments."""
     count = len(tgts)
     losses, mem = [], mems
+    context: Context | None = None
     for i in range(count):
         if truncation and i and (count - i) % truncation == 0:
             mem = mem.detach()
+            context = context and Context(context.enc_out.detach(), context.mask)
         part = slice(N * i, N * (i + 1))
         out = model(
             src[:, part],
@@ -54,7 +56,11 @@ def at_once(
             None if mask is None else mask[:, part],
             None if tgt_masks is None else tgt_masks[i],
             reset=None if resets is None else resets[:, i],
+            **({} if mask is None else {"earlier": context}),
         )
+        if mask is not None:
+            own_reset = None if resets is None else resets[:, i]
+            context = Context(out.enc_out, mask[:, part]).after(context, own_reset)
         own = None if tgts[i] is None else out.dec_out
         loss = own if loss_fn is None else loss_fn(out, i)
         losses.append(out.mem.new_zeros(()) if loss is None else loss)
@@ -119,6 +125,70 @@ def test_masks_resets_and_a_start_that_wants_a_gradient(
     torch.testing.assert_close(starts[1].grad, starts[0].grad)
 
 
+@pytest.mark.parametrize("truncation", [None, 2])
+def test_rows_that_end_before_others(
+    make_model: MakeModel, tokens: Tokens, writer: str, truncation: int | None
+) -> None:
+    """Their last segments are masked whole, and have targets all the same."""
+    src, tgts = inputs(tokens, "all")
+    mask = torch.rand(src.shape, device=src.device) < 0.7
+    mask[0, N:] = False
+    mask[1, 3 * N :] = False
+    resets = torch.zeros(2, SEGMENTS, dtype=torch.bool, device=src.device)
+    resets[1, 3] = True
+    model = make_model(writer=writer)
+    options = {"truncation": truncation, "resets": resets}
+    expected = at_once(model, src, tgts, mask, **options)
+    model.zero_grad()
+    assert_equal(memory_replay_backprop(model, src, tgts, mask, **options), model, expected)
+    # What the encoder learns from a later target is not nothing.
+    model.zero_grad()
+    memory_replay_backprop(model, src, tgts[-1], mask)
+    assert gradients(model)["encoder.norm.weight"].abs().max() > 1e-3
+
+
+def test_a_row_that_ends_early_learns_as_it_does_alone(
+    make_model: MakeModel, tokens: Tokens, writer: str
+) -> None:
+    model = make_model(writer=writer)
+    tgt, lengths = tokens(3, 7), (4 * N - 2, N, 2 * N - 4)
+    src = tokens(3, lengths[0])
+    mask = torch.arange(lengths[0], device=src.device) < torch.tensor(
+        lengths, device=src.device
+    ).unsqueeze(1)
+    alone = [
+        memory_replay_backprop(model, src[i : i + 1, :n], tgt[i : i + 1]).loss
+        for i, n in enumerate(lengths)
+    ]
+    expected = {name: x / 3 for name, x in gradients(model).items()}
+    model.zero_grad()
+    together = memory_replay_backprop(model, src, tgt, mask)
+    torch.testing.assert_close(together.loss, torch.stack(alone).mean())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients(model)[name], gradient, msg=name)
+
+
+def test_masks_of_some_segments_alone(make_model: MakeModel, tokens: Tokens) -> None:
+    """Between a segment and the target that asks for it is a shorter one, another has no mask."""
+    model = make_model()
+    srcs = [tokens(2, n, seed=n) for n in (9, 4, 6, 3)]
+    hidden = torch.tensor([[True], [False]], device=srcs[0].device)
+    masks = [None, None, hidden.expand(2, 6), hidden.expand(2, 3)]
+    tgts = [tokens(2, 5, seed=0), None, None, tokens(2, 5, seed=3)]
+    context, mem, total = None, None, torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for src, tgt, mask in zip(srcs, tgts, masks, strict=True):
+        out = model(src, tgt, mem, mask, earlier=context)
+        context, mem = Context(out.enc_out, mask).after(context), out.mem
+        total = total + out.dec_out
+    total.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    found = memory_replay_backprop(model, srcs, tgts, masks)
+    torch.testing.assert_close(found.loss, total.detach())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients(model)[name], gradient, msg=name)
+
+
 def test_a_list_of_segments(make_model: MakeModel, tokens: Tokens) -> None:
     src, tgts = inputs(tokens, "all")
     mask = torch.rand(src.shape, device=src.device) < 0.7
@@ -152,6 +222,32 @@ def test_a_loss_function_beside_targets(make_model: MakeModel, tokens: Tokens) -
     expected = at_once(model, src, tgts, loss_fn=loss_fn)
     model.zero_grad()
     assert_equal(memory_replay_backprop(model, src, tgts, loss_fn=loss_fn), model, expected)
+
+
+def test_a_loss_without_a_graph_is_counted(make_model: MakeModel, tokens: Tokens) -> None:
+    src, tgts = inputs(tokens, "all")
+
+    def loss_fn(out: Any, i: int) -> Tensor:
+        return out.dec_out if i != 3 else torch.full_like(out.dec_out.detach(), 2.0)
+
+    model = make_model()
+    expected = at_once(model, src, tgts, loss_fn=loss_fn)
+    model.zero_grad()
+    assert_equal(memory_replay_backprop(model, src, tgts, loss_fn=loss_fn), model, expected)
+
+
+def test_what_a_loss_function_draws_is_another_for_each_segment(
+    make_model: MakeModel, tokens: Tokens
+) -> None:
+    src, tgts = inputs(tokens, "all")
+    drawn = []
+
+    def loss_fn(out: Any, _: int) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return out.dec_out
+
+    memory_replay_backprop(make_model(), src, tgts, loss_fn=loss_fn)
+    assert len(set(drawn)) == SEGMENTS
 
 
 @pytest.mark.parametrize("which", ["all", "last"])

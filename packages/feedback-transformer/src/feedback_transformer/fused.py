@@ -22,19 +22,24 @@ from feedback_transformer.feedback import run_piece
 from feedback_transformer.fused_backward import backward_pass
 from feedback_transformer.fused_forward import forward_pass
 from feedback_transformer.layout import Activations, Shape, matrix, unflatten
+from feedback_transformer.packing import FEW, Packs
 from feedback_transformer.weights import Sizes, Weights
 from feedback_transformer.window import Window
+from shared_core import transformed
+
+FEWEST_SEGMENTS = 2
+"""With gradients a single segment is faster by `run_plain`."""
 
 
-def can_fuse(x: Tensor, weights: Weights) -> bool:
-    """Whether this file computes what `run_plain` does, here and now."""
-    return (
-        not torch.compiler.is_compiling()
-        and weights.context is None
-        and x.numel() > 0
-        and x.device.type != "meta"
-        and isinstance(weights.key_value, Tensor)
-    )
+def can_fuse(x: Tensor, weights: Weights, window: Window, segments: int) -> bool:
+    """Whether this file computes what `run_plain` does, here and now, and faster."""
+    if torch.compiler.is_compiling() or weights.context is not None or x.numel() == 0:
+        return False
+    if torch.is_grad_enabled() and segments < FEWEST_SEGMENTS:
+        return False
+    matrices = (matrix(y) for layer in weights.layers for y in layer)
+    others = (matrix(weights.key_value), weights.mix, *(weights.memory_norm or ()))
+    return x.device.type != "meta" and not transformed(x, *matrices, *others, *window)
 
 
 def run_fused(
@@ -44,8 +49,12 @@ def run_fused(
     table: Tensor,
     window: Window,
     mask: Tensor | None,
+    packs: Packs | None = None,
 ) -> tuple[Tensor, Window]:
-    """`run_plain` for whole segments and a window without an open one."""
+    """`run_plain` for whole segments and a window without an open one.
+
+    Without gradients packed weights are taken from `packs`, and kept there.
+    """
     b, n, _ = x.shape
     m = window.keys.shape[3]
     seen = None
@@ -72,9 +81,14 @@ def run_fused(
         if torch.is_grad_enabled():
             found = _Recurrence.apply(shape, seen, *tensors, *flat)  # type: ignore[no-untyped-call]
         else:
-            found = forward_pass(shape, seen, *tensors, flat, save=False)[:3]
-            found = [y.to(x.dtype) for y in found]
-    out, keys, values = found
+            if x.device.type == "cpu" and x.dtype.itemsize < 4 and sizes.seq_len * b <= FEW:
+                # As products of so few rows take it; for those of more it had to be halved again.
+                *rest, key_value, mix = tensors
+                first, before, after, biases = (y.float() for y in rest)
+                tensors = (first, before, after, biases, key_value, mix.float())
+                flat = tuple(y.float() if y.ndim == 1 else y for y in flat)
+            found = forward_pass(shape, seen, *tensors, flat, save=False, packs=packs)[:3]
+    out, keys, values = (y.to(x.dtype) for y in found)
     new = (y.unflatten(1, (b, sizes.heads)) for y in (keys, values))
     window = window._replace(
         keys=_last(window.keys, next(new), sizes.mem_len),
@@ -85,10 +99,10 @@ def run_fused(
 
 
 def _last(before: Tensor, new: Tensor, mem_len: int) -> Tensor:
-    """The last slots of both, (g, b, h, m, e)."""
+    """The last slots of both, (g, b, h, m, e), a copy: a view would keep those of all tokens."""
     old = min(before.shape[3], max(0, mem_len - new.shape[3]))
     new = new[..., max(0, new.shape[3] - mem_len) :, :]
-    return torch.cat((before[..., before.shape[3] - old :, :], new), 3) if old else new
+    return torch.cat((before[..., before.shape[3] - old :, :], new), 3)
 
 
 class _Recurrence(torch.autograd.Function):

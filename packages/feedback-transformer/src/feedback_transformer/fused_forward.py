@@ -18,6 +18,7 @@ from feedback_transformer.layout import (
     product,
     unflatten,
 )
+from feedback_transformer.packing import Packs
 from feedback_transformer.weights import LayerWeights
 
 Result = tuple[Tensor, Tensor, Tensor, Activations | None]
@@ -36,6 +37,7 @@ def forward_pass(
     flat: tuple[Tensor, ...],
     *,
     save: bool,
+    packs: Packs | None = None,
 ) -> Result:
     """States (n, b, d) of the last layer, keys and values of slots, and activations if wanted.
 
@@ -46,10 +48,11 @@ def forward_pass(
         table: (h, s, m') biases.
         flat: the memory's norm, if there is one, and the parameters of all layers.
         save: whether activations are wanted.
+        packs: packed weights of earlier calls, or None.
     """
     norm, layers = unflatten(flat, shape)
     forward = _Forward(shape, seen, x, (keys, values), table, layers, save)
-    forward.weights = lay_out(layers, key_value, shape, transposed=False)
+    forward.weights = lay_out(layers, key_value, shape, transposed=False, packs=packs)
     out = torch.empty_like(x)
     for k in range(shape.segments):
         states = forward.segment(k, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from feedback_transformer.checks import check_part
 from feedback_transformer.weights import ContextWeights, LayerWeights
 from shared_core import FeedForward
 
@@ -20,7 +21,10 @@ class CrossAttention(nn.Module):
         self.to_out: nn.Linear = nn.Linear(inner, dim)
 
     def weights(self) -> ContextWeights:
-        """The parameters, in the order of their use."""
+        """The parameters, in the order of their use; TypeError for another kind of part."""
+        check_part("cross.norm", self.norm, nn.LayerNorm)
+        for name in ("to_q", "to_kv", "to_out"):
+            check_part(f"cross.{name}", getattr(self, name), nn.Linear)
         return ContextWeights(
             self.norm.weight,
             self.norm.bias,
@@ -49,7 +53,20 @@ class Layer(nn.Module):
         self.ff: FeedForward = FeedForward(dim, dropout=ff_dropout, gated=True)
 
     def weights(self) -> LayerWeights:
-        """The parameters, in the order of their use, but for those to a context."""
+        """The parameters, in the order of their use, but for those to a context.
+
+        Raises TypeError for another kind of part.
+        """
+        check_part("ff", self.ff, FeedForward)
+        for name, part, kind in (
+            ("attn_norm", self.attn_norm, nn.LayerNorm),
+            ("to_q", self.to_q, nn.Linear),
+            ("to_out", self.to_out, nn.Linear),
+            ("ff_norm", self.ff_norm, nn.LayerNorm),
+            ("ff.inner", self.ff.inner, nn.Linear),
+            ("ff.outer", self.ff.outer, nn.Linear),
+        ):
+            check_part(name, part, kind)
         return LayerWeights(
             self.attn_norm.weight,
             self.attn_norm.bias,

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from feedback_transformer.packing import Matrix, multiply, pack
+from feedback_transformer.packing import Matrix, Packs, multiply, pack
 from feedback_transformer.weights import LayerWeights, Sizes
 
-FEWEST, FEWEST_BACK = 6, 16
-"""Segments from which on it pays to lay out weights for them, and to transpose them for that."""
+FEWEST, FEWEST_BACK, FEWEST_HALF = 6, 16, 128
+"""Segments from which on it pays to lay out weights for them, to transpose them for that, and to
+do it in float16."""
 
 
 class Shape(NamedTuple):
@@ -91,30 +92,44 @@ class Matrices(NamedTuple):
 
 
 def lay_out(
-    layers: list[LayerWeights], key_value: Tensor, shape: Shape, *, transposed: bool
+    layers: list[LayerWeights],
+    key_value: Tensor,
+    shape: Shape,
+    *,
+    transposed: bool,
+    packs: Packs | None = None,
 ) -> Matrices:
-    """Matrices for the forward pass, or transposed ones for the way back."""
+    """Matrices for the forward pass, or transposed ones for the way back; kept in `packs`."""
     sizes = shape.sizes
     h, e, g = sizes.heads, sizes.dim_head, sizes.groups
     rows = sizes.seq_len * shape.rows
     by_group = key_value.view(g, 2, h, e, -1)
 
-    def place(weight: Tensor) -> Matrix:
+    def place(name: str, weight: Tensor) -> Matrix:
         weight = weight.detach().to(shape.matrix_dtype)
         weight = weight.t() if transposed else weight
-        fewest = FEWEST_BACK if transposed else FEWEST
-        return pack(weight, rows) if shape.segments >= fewest else weight
+        often = shape.segments >= (FEWEST_BACK if transposed else FEWEST)
+        if packs is not None:
+            half = shape.segments >= FEWEST_HALF
+            return packs.pack(name, weight, rows, often=often, half=half)
+        return pack(weight, rows) if often else weight
 
-    slot = place(by_group.permute(2, 0, 1, 3, 4).flatten(0, 3))
+    slot = place("slot", by_group.permute(2, 0, 1, 3, 4).flatten(0, 3))
     own: tuple[Matrix, ...] = (slot,)
     if g > 1:
-        own = tuple(place(group.transpose(0, 1).flatten(0, 2)) for group in by_group)
+        parts = (group.transpose(0, 1).flatten(0, 2) for group in by_group)
+        own = tuple(place(f"own {i}", part) for i, part in enumerate(parts))
+
+    def each(name: str) -> tuple[Matrix, ...]:
+        weights = (matrix(getattr(layer, name)) for layer in layers)
+        return tuple(place(f"{name} {i}", weight) for i, weight in enumerate(weights))
+
     return Matrices(
-        tuple(place(matrix(layer.query)) for layer in layers),
+        each("query"),
         own if shape.inside else (),
-        tuple(place(matrix(layer.out)) for layer in layers),
-        tuple(place(matrix(layer.inner)) for layer in layers),
-        tuple(place(matrix(layer.outer)) for layer in layers),
+        each("out"),
+        each("inner"),
+        each("outer"),
         slot,
     )
 
@@ -128,7 +143,7 @@ def matrix(weight: Matrix) -> Tensor:
 
 def product(x: Tensor, weight: Matrix, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, computed in `dtype`, in the type of x."""
-    if x.dtype == dtype:
+    if x.dtype == dtype or not isinstance(weight, Tensor):
         return multiply(x, weight, bias)
     out = multiply(x.to(dtype), weight).to(x.dtype)
     return out if bias is None else out + bias

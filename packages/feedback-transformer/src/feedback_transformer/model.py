@@ -18,12 +18,14 @@ from feedback_transformer.checks import (
     check_every,
     check_input,
     check_mask,
+    check_part,
     check_share,
 )
 from feedback_transformer.feedback import Context, bias_table, context_keys
 from feedback_transformer.generation import Stepper
 from feedback_transformer.layers import Layer
 from feedback_transformer.legacy import KEY_MAP, check_legacy_options, run_legacy
+from feedback_transformer.packing import Packs
 from feedback_transformer.sequence import Run
 from feedback_transformer.state import Memory, as_memory
 from feedback_transformer.weights import ContextWeights, Sizes, Weights
@@ -121,6 +123,7 @@ class FeedbackTransformer(nn.Module):
         self.layer_weight: nn.Parameter = nn.Parameter(torch.ones(depth + 1))
         self.norm: nn.LayerNorm = nn.LayerNorm(dim)
         self.to_logits: nn.Linear = nn.Linear(dim, num_tokens)
+        self._packs: Packs = Packs()
         register_key_map(self, KEY_MAP)
 
     def forward(
@@ -156,8 +159,9 @@ class FeedbackTransformer(nn.Module):
             checkpoint_every: keep no activations, but compute them again for so many tokens at a
                 time, a multiple of `seq_len`, when gradients are wanted.
             solver: "jacobi" iterates over all segments at once until nothing changes, and falls
-                back to "sequential" where that takes too long. Where gradients are wanted, it is
-                the sequential one.
+                back to "sequential" where that takes too long. It holds attention of all tokens to
+                all slots, (b, h, n, m + n) whatever `mem_len`. With gradients, dropout or a context
+                it is the sequential one.
 
         Returns:
             Logits (b, n, num_tokens), or states (b, n, d); with `return_memory` a pair of it and
@@ -166,7 +170,7 @@ class FeedbackTransformer(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type or shape; nothing is broadcast.
         """
-        check_input(x, self.dim, self.num_tokens)
+        check_input(x, self.dim, self.num_tokens, self.token_emb.weight.dtype)
         b = x.shape[0]
         if mask is not None:
             check_mask("mask", mask, x.shape[:2])
@@ -184,10 +188,7 @@ class FeedbackTransformer(nn.Module):
                 solver=solver == "sequential",
             )
         self._gather()
-        states = x if x.is_floating_point() else self.token_emb(x)
-        if mask is not None:
-            # 0 times NaN would be NaN.
-            states = states.masked_fill(~mask[..., None], 0.0)
+        states = self._embed(x, mask)
         weights, sizes = self._weights(), self._sizes()
         if self.legacy:
             states, left = run_legacy(states, weights, sizes, self.pos_emb, given)
@@ -195,8 +196,13 @@ class FeedbackTransformer(nn.Module):
             window = Window.of(given, states, self.depth, sizes)
             table = bias_table(self.pos_emb, self.seq_len, window.most_slots(x.shape[1], sizes))
             contexts = self._contexts(context, context_mask)
-            jacobi = solver == "jacobi" and not torch.is_grad_enabled()
-            run = Run(weights, sizes, table, contexts, jacobi)
+            # A pass must give the same where it is given the same.
+            dropping = sizes.attn_dropout > 0.0 or sizes.ff_dropout > 0.0
+            jacobi = solver == "jacobi" and not torch.is_grad_enabled() and not dropping
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # Weights that are learnt change with each step.
+                self._packs.clear()
+            run = Run(weights, sizes, table, contexts, jacobi, self._packs)
             states, window = run.all(states, window, mask, detach_every, checkpoint_every)
             left = window.memory()
         states = self.norm(states)
@@ -214,6 +220,8 @@ class FeedbackTransformer(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        memory: Memory | Sequence[Tensor] | None = None,
+        mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -223,11 +231,16 @@ class FeedbackTransformer(nn.Module):
         A row that has drawn `eos_token` goes on with `pad_value`. Each token takes one step with
         carried memory, in evaluation mode. Filters are those of `shared_core.filter_logits`.
 
+        Args:
+            memory: of what came before the prompt, as an earlier call returned it.
+            mask: (b, n) boolean of the prompt, True = take part. The last token of a row must:
+                shorter prompts are padded in front.
+
         Raises:
             TypeError, ValueError: a prompt or number is out of range.
         """
         return generate(
-            self._stepper(prompt, context, context_mask),
+            self._stepper(prompt, length, memory, mask, context, context_mask),
             prompt,
             length,
             temperature=temperature,
@@ -250,19 +263,21 @@ class FeedbackTransformer(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        memory: Memory | Sequence[Tensor] | None = None,
+        mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
         """The tokens of `generate`, (b,) int64 as they come.
 
-        Weights are those of the call: a change of them while tokens come is not seen.
+        While they come, weights must not be changed: some are laid out anew, others are not.
 
         Raises:
             TypeError, ValueError: as `generate`, by the call and not by the first `next`.
         """
         return stream(
-            self._stepper(prompt, context, context_mask),
+            self._stepper(prompt, length, memory, mask, context, context_mask),
             prompt,
             length,
             temperature=temperature,
@@ -274,8 +289,17 @@ class FeedbackTransformer(nn.Module):
             generator=generator,
         )
 
+    def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Embeddings (b, n, d) of tokens, or those that are given; 0 where masked."""
+        # Under autocast an earlier layer may have made them of another type than the weights.
+        states = x.to(self.token_emb.weight) if x.is_floating_point() else self.token_emb(x)
+        # 0 times NaN would be NaN.
+        return states if mask is None else states.masked_fill(~mask[..., None], 0.0)
+
     def _weights(self) -> Weights:
-        """All that the recurrence multiplies by."""
+        """All that the recurrence multiplies by; TypeError for a part that has none of its own."""
+        check_part("to_kv", self.to_kv, nn.Linear)
+        check_part("memory_norm", self.memory_norm, nn.LayerNorm)
         mix = self.layer_weight.softmax(0)
         if self.keep_last_hidden:
             # A gradient of 0, not none, as data parallelism wants it.
@@ -292,6 +316,8 @@ class FeedbackTransformer(nn.Module):
         )
 
     def _layers(self) -> list[Layer]:
+        for i, layer in enumerate(self.layers):
+            check_part(f"layers.{i}", layer, Layer)
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def _cross(self) -> tuple[ContextWeights, ...]:
@@ -319,29 +345,43 @@ class FeedbackTransformer(nn.Module):
             return None
         return [context_keys(context, weights, self.heads, mask) for weights in self._cross()]
 
-    def _gather(self) -> None:
+    def _gather(self, *, root: bool = False) -> None:
         """Has parts that FSDP2 shards on their own hold all of their weights.
 
-        Their weights are used segment by segment, and never by calling them.
+        Their weights are used segment by segment, and never by calling them. What is left, the
+        root, gathers itself where it is called: `root` is for where it is not.
         """
         for module in self.modules():
             # Of the class: a module looks for an attribute that it does not have for long.
             unshard = getattr(type(module), "unshard", None)
-            if unshard is not None and module is not self:
+            if unshard is not None and (module is not self or root):
                 unshard(module)
 
     def _stepper(
-        self, prompt: Tensor, context: Tensor | None, context_mask: Tensor | None
+        self,
+        prompt: Tensor,
+        length: int,
+        memory: Memory | Sequence[Tensor] | None,
+        mask: Tensor | None,
+        context: Tensor | None,
+        context_mask: Tensor | None,
     ) -> Stepper:
         """What generates: a step with weights that are laid out for it."""
         if self.legacy:
             raise ValueError("legacy=True cannot generate: its answers depend on how it is fed")
         if prompt.is_floating_point():
             raise TypeError(f"prompt must hold integer tokens, got {prompt.dtype}")
-        check_input(prompt, self.dim, self.num_tokens)
+        check_input(prompt, self.dim, self.num_tokens, self.token_emb.weight.dtype)
+        if mask is not None:
+            check_mask("mask", mask, prompt.shape)
+            if not bool(mask[:, -1].all()):
+                row = int(mask[:, -1].int().argmin())
+                raise ValueError(f"the last token of a prompt must take part, masked in row {row}")
         check_context(context, context_mask, self.dim_context, prompt.shape[0])
+        given = None if memory is None else self._given(memory, prompt.shape[0])
         with torch.no_grad():
-            self._gather()
+            self._gather(root=True)
+            check_part("to_logits", self.to_logits, nn.Linear)
             return Stepper(
                 self.token_emb,
                 self.pos_emb,
@@ -350,4 +390,8 @@ class FeedbackTransformer(nn.Module):
                 self._weights(),
                 self._sizes(training=False),
                 self._contexts(context, context_mask),
+                given,
+                mask,
+                self._packs,
+                length,
             )

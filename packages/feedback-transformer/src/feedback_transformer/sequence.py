@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from feedback_transformer.feedback import Context, run_plain
 from feedback_transformer.fused import can_fuse, run_fused
 from feedback_transformer.jacobi import run_jacobi
+from feedback_transformer.layout import matrix
+from feedback_transformer.packing import Packs
 from feedback_transformer.weights import Sizes, Weights
 from feedback_transformer.window import Window
 
@@ -23,6 +25,7 @@ class Run:
         table: of `bias_table`.
         context: of each layer, or None.
         jacobi: whether to try that first.
+        packs: packed weights of earlier calls, or None.
     """
 
     weights: Weights
@@ -30,6 +33,7 @@ class Run:
     table: Tensor
     context: list[Context] | None = None
     jacobi: bool = False
+    packs: Packs | None = None
 
     def all(
         self,
@@ -63,10 +67,10 @@ class Run:
     def _part(self, x: Tensor, window: Window, mask: Tensor | None) -> tuple[Tensor, Window]:
         """The rest of the open segment, whole segments at once, and the beginning of another."""
         s, p, n = self.sizes.seq_len, window.open_length, x.shape[1]
-        if not can_fuse(x, self.weights):
-            return self._plain(x, window, mask)
         first = min(n, (s - p) % s)
         last = n - (n - first) % s
+        if not can_fuse(x, self.weights, window, (last - first) // s):
+            return self._plain(x, window, mask)
         outputs = []
         for start, stop in ((0, first), (first, last), (last, n)):
             if start == stop:
@@ -78,11 +82,18 @@ class Run:
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), window
 
     def _plain(self, x: Tensor, window: Window, mask: Tensor | None) -> tuple[Tensor, Window]:
-        return run_plain(x, self.weights, self.sizes, self.table, window, mask, self.context)
+        weights = self.weights
+        out, window = run_plain(x, weights, self.sizes, self.table, window, mask, self.context)
+        if not torch.is_grad_enabled():
+            return out, window
+        # Where no later segment asks for the slots, their weights still have a gradient, of 0, as
+        # data parallelism wants it: that of a sum of nothing.
+        makers = (weights.mix, *(weights.memory_norm or ()), matrix(weights.key_value))
+        return out + sum(maker.flatten()[:0].sum().to(out.dtype) for maker in makers), window
 
     def _whole(self, x: Tensor, window: Window, mask: Tensor | None) -> tuple[Tensor, Window]:
         if self.jacobi:
             found = run_jacobi(x, self.weights, self.sizes, self.table, window, mask)
             if found is not None:
                 return found
-        return run_fused(x, self.weights, self.sizes, self.table, window, mask)
+        return run_fused(x, self.weights, self.sizes, self.table, window, mask, self.packs)

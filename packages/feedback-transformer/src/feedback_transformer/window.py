@@ -32,6 +32,21 @@ def join_heads(x: Tensor) -> Tensor:
     return x.permute(1, 3, 0, 2, 4).flatten(2)
 
 
+def _without_masked(memory: Memory) -> Memory:
+    """0 in slots that do not take part: 0 times NaN would be NaN."""
+    mask = memory.mask
+    if mask is None:
+        return memory
+    gone = ~mask[..., None]
+    keys, values = (x.masked_fill(gone, 0.0) for x in (memory.keys, memory.values))
+    memory = memory._replace(keys=keys, values=values)
+    if memory.layer_keys is None or memory.layer_values is None:
+        return memory
+    gone = gone[:, None, mask.shape[1] - memory.open_length :]
+    inside = (x.masked_fill(gone, 0.0) for x in (memory.layer_keys, memory.layer_values))
+    return memory._replace(layer_keys=next(inside), layer_values=next(inside))
+
+
 class Window(NamedTuple):
     """What the tokens of a segment may see, and what they have left there so far.
 
@@ -70,6 +85,7 @@ class Window(NamedTuple):
         p = memory.open_length
         m = memory.keys.shape[1] - p
         first = beyond(m, sizes.mem_len)
+        memory = _without_masked(memory)
         both = [split_heads(x[:, first:].to(like), sizes) for x in (memory.keys, memory.values)]
         if memory.layer_keys is None or memory.layer_values is None:
             none = like.new_zeros(layers, b, sizes.heads, 0, sizes.dim_head)
@@ -99,12 +115,14 @@ class Window(NamedTuple):
         """As it is carried to the next call."""
         keys, values = self.keys, self.values
         if self.open_length == 0:
-            return Memory(join_heads(keys), join_heads(values), None, None, self.mask)
+            found = Memory(join_heads(keys), join_heads(values), None, None, self.mask)
+            return _without_masked(found)
         keys, values = torch.cat((keys, self.new_keys), 3), torch.cat((values, self.new_values), 3)
         own_keys, own_values = (
             x.permute(1, 0, 3, 2, 4).flatten(3) for x in (self.layer_keys, self.layer_values)
         )
-        return Memory(join_heads(keys), join_heads(values), own_keys, own_values, self.mask)
+        found = Memory(join_heads(keys), join_heads(values), own_keys, own_values, self.mask)
+        return _without_masked(found)
 
     def close(self, mem_len: int) -> Window:
         """Moves the slots of the open segment into the memory, which keeps the last `mem_len`."""

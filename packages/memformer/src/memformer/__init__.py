@@ -7,6 +7,8 @@ from memformer.model import Memformer as Memformer
 from memformer.model import Results as Results
 from memformer.mrbp import Replay as Replay
 from memformer.mrbp import memory_replay_backprop as memory_replay_backprop
+from memformer.segments import Context as Context
+from memformer.segments import Encoded as Encoded
 from memformer.state import DecoderState as DecoderState
 from memformer.transformer import Decoder as Decoder
 from memformer.transformer import Encoder as Encoder
@@ -16,9 +18,11 @@ __version__ = "1.0.0"
 
 __all__ = [
     "AutoregressiveWrapper",
+    "Context",
     "Decoder",
     "DecoderState",
     "EncOnlyResults",
+    "Encoded",
     "Encoder",
     "Generated",
     "Memformer",

@@ -10,24 +10,18 @@ r queries at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that are worked on at a time: what a core's cache holds, and what keeps an accelerator
-# busy.
-_WORKING_SET = 2**18
-_ACCELERATOR_WORKING_SET = 2**27
+from memformer import blocks
+from shared_core import differentiate_twice, transformed
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? by_distance, Tensor? mask, bool causal"
-
-
-def nothing(dtype: torch.dtype) -> float:
-    """The logit of what takes no part: finite, so that a row of nothing else gives no NaN."""
-    return torch.finfo(dtype).min / 2
 
 
 def biases_by_distance(numbers: Tensor, m: int) -> Tensor:
@@ -63,7 +57,12 @@ def attend(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if by_distance is not None:
         by_distance = by_distance.to(q.dtype)
-    if not torch.is_grad_enabled() and (q.device.type != "cpu" or q.shape[2] == 1):
+    # Without a bias a CPU's kernel is the faster one in full precision; for one query always.
+    kernel = q.device.type != "cpu" or q.shape[2] == 1
+    kernel |= by_distance is None and q.dtype.itemsize >= 4
+    if transformed(q, k, v, by_distance):
+        out = attend_plain(q, k, v, by_distance, mask, causal)
+    elif kernel and not torch.is_grad_enabled():
         out = attend_kernel(q, k, v, by_distance, mask, causal)
     else:
         out = attend_blocks(q, k, v, by_distance, mask, causal)
@@ -91,7 +90,10 @@ def attend_kernel(
 def full_bias(
     q: Tensor, k: Tensor, by_distance: Tensor | None, mask: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """What is added to all logits, (1 or b, 1 or h, n, m) in the queries' dtype, or None."""
+    """What is added to all logits, (1 or b, 1 or h, n, m) in the queries' dtype, or None.
+
+    A row of nothing else than -inf gives no number, which `attend` replaces.
+    """
     n, m = q.shape[2], k.shape[2]
     bias = None
     if by_distance is not None:
@@ -99,7 +101,7 @@ def full_bias(
     # In the dtype of the queries: with another one the CPU's kernel reads wrong numbers.
     for hidden in _hidden(n, m, mask, causal, q.device):
         base = q.new_zeros(()) if bias is None else bias
-        bias = base.masked_fill(hidden, nothing(q.dtype))
+        bias = base.masked_fill(hidden, -math.inf)
     return bias
 
 
@@ -107,7 +109,8 @@ def _hidden(
     n: int, m: int, mask: Tensor | None, causal: bool, device: torch.device
 ) -> Iterator[Tensor]:
     """Logits that take no part, each (1 or b, 1, 1 or n, m)."""
-    if causal:
+    # From a single query, the last one, nothing is hidden.
+    if causal and n > 1:
         keys = torch.arange(m, device=device)
         yield (keys > keys[m - n :, None])[None, None]
     if mask is not None:
@@ -123,105 +126,20 @@ def attend_plain(
     causal: bool,
 ) -> Tensor:
     """As `attend_blocks`, by differentiable operations on all logits at once."""
-    logits = q @ k.mT
-    if by_distance is not None:
-        logits = logits + biases_by_distance(by_distance, k.shape[2])
-    for hidden in _hidden(q.shape[2], k.shape[2], mask, causal, q.device):
-        logits = logits.masked_fill(hidden, nothing(q.dtype))
-    return logits.softmax(-1) @ v
+    with _without_autocast(q):
+        logits = (q @ k.mT).to(blocks.logits_dtype(q.dtype))
+        if by_distance is not None:
+            # Not windows, whose gradient `torch.func.vmap` takes in a loop, with a warning.
+            queries, keys = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+            logits = logits + by_distance[:, keys + (q.shape[2] - 1 - queries)[:, None]]
+        for hidden in _hidden(q.shape[2], k.shape[2], mask, causal, q.device):
+            logits = logits.masked_fill(hidden, blocks.nothing(logits.dtype))
+        return logits.softmax(-1).to(q.dtype) @ v
 
 
-class _Block(NamedTuple):
-    """Some queries of some heads, and the keys that they may see.
-
-    Attributes:
-        pairs: which of the b h pairs. rows: which queries. m: how many keys, from the first.
-        heads: which heads; of all batches in `pairs` the same.
-        weights: (g, r, m) after the softmax.
-    """
-
-    pairs: slice
-    rows: slice
-    m: int
-    heads: slice
-    weights: Tensor
-
-
-class _Sizes(NamedTuple):
-    """Pairs, heads (the pairs, or all), and queries at a time."""
-
-    pairs: int
-    heads: int
-    rows: int
-
-
-def _sizes(q: Tensor, m: int) -> _Sizes:
-    b, h, n, _ = q.shape
-    room = _WORKING_SET if q.device.type == "cpu" else _ACCELERATOR_WORKING_SET
-    heads = max(1, room // (n * m))
-    if heads >= h:
-        return _Sizes(h * min(b, heads // h), h, n)
-    return _Sizes(heads, heads, n if heads > 1 else min(n, max(64, room // m)))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """(g, i, j) times (g, j, k). Of a single pair as matrices, which need not be copied for it."""
-    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
-
-
-def _blocks(
-    q: Tensor,
-    k: Tensor,
-    by_distance: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-) -> Iterator[_Block]:
-    b, h, n, d = q.shape
-    m = k.shape[2]
-    sizes = _sizes(q, m)
-    flat_q, flat_k = q.reshape(b * h, n, d), k.reshape(b * h, m, d)
-    numbers = _numbers(q, m, by_distance, causal)
-    # Batches in turn where a step takes less than all heads of one.
-    for batch in range(0, b, max(1, sizes.pairs // h)):
-        rows_of = min(b, batch + max(1, sizes.pairs // h))
-        for head in range(0, h, sizes.heads):
-            heads = slice(head, min(h, head + sizes.heads))
-            pairs = slice(batch * h + head, (rows_of - 1) * h + heads.stop)
-            tile = None if numbers is None else _tile(numbers, heads, sizes.rows)
-            for start in range(0, n, sizes.rows):
-                stop = min(n, start + sizes.rows)
-                seen = m - n + stop if causal else m
-                logits = _product(flat_q[pairs, start:stop], flat_k[pairs, :seen].mT)
-                each = logits.view(rows_of - batch, -1, stop - start, seen)
-                if tile is not None:
-                    each += _window(tile, n - 1 - start, stop - start, seen)
-                if mask is not None:
-                    hidden = ~mask[batch:rows_of, None, None, :seen]
-                    each.masked_fill_(hidden, nothing(q.dtype))
-                yield _Block(pairs, slice(start, stop), seen, heads, logits.softmax(-1))
-
-
-def _numbers(q: Tensor, m: int, by_distance: Tensor | None, causal: bool) -> Tensor | None:
-    """Biases by distance (1 or h, n + m - 1), with what a causal query may not see among them."""
-    n = q.shape[2]
-    if not causal:
-        return by_distance
-    numbers = q.new_zeros(1, n + m - 1) if by_distance is None else by_distance.clone()
-    numbers[:, m:] = nothing(q.dtype)
-    return numbers
-
-
-def _tile(numbers: Tensor, heads: slice, rows: int) -> Tensor:
-    """The numbers of some heads once for each row: (1 or g, rows, n + m - 1), contiguous."""
-    part = numbers[heads] if len(numbers) > 1 else numbers
-    return part[:, None].expand(-1, rows, -1).contiguous()
-
-
-def _window(tile: Tensor, first: int, rows: int, m: int) -> Tensor:
-    """A view (heads, rows, m) of which each row begins one to the left of the row before it."""
-    heads, all_rows, width = tile.shape
-    strides = (all_rows * width, width - 1, 1)
-    return tile.as_strided((heads, rows, m), strides, tile.storage_offset() + first)
+def _without_autocast(like: Tensor) -> torch.autocast:
+    """In a `with` block the dtypes of what comes in decide."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 @torch.library.custom_op("memformer::attend", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
@@ -234,18 +152,13 @@ def attend_blocks(
     causal: bool,
 ) -> Tensor:
     """As `attend`, but something finite for a query that has nothing to attend to."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel() == 0 or k.shape[2] == 0:
-        return out.zero_()
-    flat_out, flat_v = out.view(-1, *q.shape[2:]), v.reshape(-1, *v.shape[2:])
-    for block in _blocks(q, k, by_distance, mask, causal):
-        flat_out[block.pairs, block.rows] = torch.bmm(block.weights, flat_v[block.pairs, : block.m])
-    return out
+    with _without_autocast(q):
+        return blocks.forward(q, k, v, by_distance, mask, causal)
 
 
 @attend_blocks.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return blocks.new_output(q)
 
 
 @torch.library.custom_op(
@@ -263,60 +176,8 @@ def _attend_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and by_distance, the last one empty where there are no biases."""
-    grads = _new_gradients(q, k, v, by_distance)
-    if grads[0].numel() == 0 or k.shape[2] == 0:
-        for x in grads:
-            x.zero_()
-        return grads
-    n = q.shape[2]
-    grad, q3, k3, v3 = (x.reshape(-1, *x.shape[2:]) for x in (grad, q, k, v))
-    grad_q = grads[0].view(q3.shape)
-    # Sums over blocks of queries: in half precision each addition would round. Transposed, since
-    # the wide weights are then the right-hand factor, which is faster.
-    wide = torch.promote_types(q.dtype, torch.float32)
-    totals = [x.new_zeros(len(x), x.shape[2], x.shape[1], dtype=wide) for x in (k3, v3)]
-    total_biases = torch.zeros_like(grads[3], dtype=wide)
-    skewed = torch.empty(0)
-    for block in _blocks(q, k, by_distance, mask, causal):
-        pairs, rows, keys = block.pairs, block.rows, slice(0, block.m)
-        asked = grad[pairs, rows]
-        totals[1][pairs, :, keys] += _product(asked.mT, block.weights)
-        worth = _product(asked, v3[pairs, keys].mT)
-        logits = torch.ops.aten._softmax_backward_data(worth, block.weights, -1, q.dtype)
-        grad_q[pairs, rows] = _product(logits, k3[pairs, keys])
-        totals[0][pairs, :, keys] += _product(q3[pairs, rows].mT, logits)
-        if by_distance is not None:
-            each = logits.view(-1, block.heads.stop - block.heads.start, *logits.shape[1:])
-            each = each[0] if len(each) == 1 else each.sum(0)
-            skewed = _skew(each, skewed)
-            sums = skewed.new_ones(1, skewed.shape[1]) @ skewed
-            first = n - rows.stop
-            total_biases[block.heads, first : first + sums.shape[2]] += sums[:, 0]
-    grads[1].view(k3.shape).copy_(totals[0].mT)
-    grads[2].view(v3.shape).copy_(totals[1].mT)
-    grads[3].copy_(total_biases)
-    return grads
-
-
-def _skew(x: Tensor, room: Tensor) -> Tensor:
-    """(h, r, m) with each row one place to the left of the row before it: (h, r, r + m - 1).
-
-    The column sums are those of the diagonals, the lowest left corner first. `room` is what an
-    earlier call returned: of the same shape, it is 0 where it has to be.
-    """
-    heads, rows, m = x.shape
-    shape = heads, rows, rows + m - 1
-    if room.shape != shape:
-        room = x.new_zeros(shape)
-    _window(room, rows - 1, rows, m).copy_(x)
-    return room
-
-
-def _new_gradients(
-    q: Tensor, k: Tensor, v: Tensor, by_distance: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    last = q.new_empty(0) if by_distance is None else q.new_empty(by_distance.shape)
-    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), last
+    with _without_autocast(q):
+        return blocks.backward(grad, q, k, v, by_distance, mask, causal)
 
 
 @_attend_backward.register_fake
@@ -328,7 +189,7 @@ def _(
     by_distance: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _new_gradients(q, k, v, by_distance)
+    return blocks.new_gradients(q, k, v, by_distance)
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -350,20 +211,16 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_twice(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients, by all logits at once."""
-    grad, *rest, mask = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves: list[Any] = [
-            None if x is None else x.detach().requires_grad_() for x in (grad, *rest)
-        ]
-        q, k, v, by_distance = leaves[1:]
-        out = attend_plain(q, k, v, by_distance, mask, ctx.causal)
-        inputs = [x for x in leaves[1:] if x is not None]
-        first = torch.autograd.grad(out, inputs, leaves[0], create_graph=True)
-        wanted = [x for x in leaves if x is not None]
-        second = iter(
-            torch.autograd.grad(first, wanted, cotangents[: len(inputs)], allow_unused=True)
-        )
-    return (*(None if x is None else next(second) for x in leaves), None, None)
+    grad, *inputs, mask = ctx.saved_tensors
+    # The gradient of no biases is empty, and nothing depends on it.
+    given = [y if x is not None else None for x, y in zip(inputs, cotangents, strict=True)]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, by_distance: Tensor | None) -> Tensor:
+        return attend_plain(q, k, v, by_distance, mask, ctx.causal)
+
+    with _without_autocast(grad):
+        found = differentiate_twice(plain, inputs, grad, given)
+    return (*found, None, None)
 
 
 torch.library.register_autograd("memformer::attend", _differentiate, setup_context=_save_forward)

@@ -223,6 +223,8 @@ class AutoregressiveWrapper(nn.Module):
             return self._logits(seen, **given), seen
 
         fast = isinstance(net, TransformerWrapper) and isinstance(net.layer_blocks, Decoder)
+        # There the reference's tokens see those that are still to come.
+        fast = fast and not (net.legacy and context is None)
         step = cached if fast else anew
 
         def evaluated(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 
-def check_positive(**numbers: int) -> None:
-    """Raises unless all are integers of at least 1."""
+def check_positive(*, least: int = 1, **numbers: int) -> None:
+    """Raises unless all are integers of at least `least`."""
     for name, number in numbers.items():
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an integer, got {number!r}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
 def check_heads(dim: int, heads: int, name: str = "heads") -> None:
@@ -55,6 +55,14 @@ def check_vectors(name: str, x: Tensor, dim: int, batch: int | None = None) -> N
     _check_batch(name, x, batch)
 
 
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raises TypeError unless a product of x with a weight is defined, or autocast sees to it."""
+    kinds = [x.dtype, weight.dtype]
+    cast = torch.is_autocast_enabled(weight.device.type) and torch.float64 not in kinds
+    if x.dtype != weight.dtype and not cast:
+        raise TypeError(f"{name} must be {weight.dtype} as the model is, got {x.dtype}")
+
+
 def _check_batch(name: str, x: Tensor, batch: int | None) -> None:
     if batch is not None and x.shape[0] != batch:
         raise ValueError(f"{name} must have {batch} rows, got {x.shape[0]}")
@@ -64,6 +72,8 @@ def check_mask(name: str, mask: Tensor | None, *shapes: Sequence[int]) -> None:
     """Raises unless `mask` is None, or boolean and of one of the shapes: nothing is broadcast."""
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a boolean tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, got {mask.dtype}")
     if tuple(mask.shape) not in [tuple(shape) for shape in shapes]:

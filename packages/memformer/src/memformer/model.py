@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from memformer.autoregressive_wrapper import AutoregressiveWrapper, Step
 from memformer.checks import (
     check_choice,
+    check_dtype,
     check_heads,
     check_mask,
     check_positive,
@@ -21,7 +22,7 @@ from memformer.checks import (
     check_vectors,
 )
 from memformer.legacy import FEED_FORWARD_KEYS, check_legacy_options
-from memformer.segments import Segment, split_segments
+from memformer.segments import Context, Encoded, Segment, split_segments
 from memformer.transformer import Attention, Decoder, Encoder, FeedForwardLayer, TransformerWrapper
 from memformer.writers import BMN_BIAS, WRITERS, normalise, write_bmn, write_gru
 from shared_core import eval_mode, generate, register_key_map, stream
@@ -107,7 +108,7 @@ class Memformer(nn.Module):
     ) -> None:
         check_positive(num_memory_slots=num_memory_slots)
         # The reference takes 0, which writes nothing.
-        check_positive(num_mem_updates=num_mem_updates + legacy)
+        check_positive(least=0 if legacy else 1, num_mem_updates=num_mem_updates)
         check_heads(dim, mem_update_attn_heads, "mem_update_attn_heads")
         check_choice("writer", writer, WRITERS)
         if not temperature > 0.0:
@@ -195,6 +196,7 @@ class Memformer(nn.Module):
         *,
         inputs_embeds: Tensor | None = None,
         reset: Tensor | None = None,
+        earlier: Context | None = None,
         return_logits: bool = False,
     ) -> Results | EncOnlyResults:
         """One segment.
@@ -207,6 +209,8 @@ class Memformer(nn.Module):
             tgt_mask: (b, t) or (b, t - 1) boolean; masked targets do not count.
             inputs_embeds: (b, n, d) in place of the embeddings of `src`.
             reset: (b,) boolean, rows that begin with the initial memory whatever `mems` holds.
+            earlier: what the decoder attends to for rows that `src_mask` masks whole: the output of
+                an earlier segment, see `Context.after`.
             return_logits: `dec_out` is logits of all target tokens, not the loss.
 
         Returns:
@@ -224,6 +228,7 @@ class Memformer(nn.Module):
             tgt_mask,
             inputs_embeds=inputs_embeds,
             reset=reset,
+            earlier=earlier,
             return_logits=return_logits,
         )
         if mems is None:
@@ -238,17 +243,21 @@ class Memformer(nn.Module):
         # A zero that has a gradient, as the reference's.
         out = enc[:0].sum()
         if tgt is not None:
+            context = Context(enc, src_mask).after(earlier, reset)
             out = self.decoder(
                 tgt,
                 return_loss=not return_logits,
-                context=enc,
+                context=context.enc_out,
                 src_mask=tgt_mask,
-                tgt_mask=src_mask,
+                tgt_mask=context.mask,
             )
         return Results(enc, written, out)
 
     def write(self, mems: Tensor, segment: Tensor, src_mask: Tensor | None = None) -> Tensor:
         """The memory (b, m, d) after a segment (b, n, d) that the encoder has returned."""
+        if src_mask is not None and not self.legacy:
+            # NaN in what is masked must not reach a sum with weight 0.
+            segment = segment.masked_fill(~src_mask[..., None], 0.0)
         new = mems
         for _ in range(self.num_mem_updates):
             if self.gru is None or self.mem_ff is None:
@@ -280,13 +289,15 @@ class Memformer(nn.Module):
         src: Tensor | Sequence[Tensor],
         mems: Tensor | None = None,
         src_mask: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> EncOnlyResults:
-        """Reads segments one after the other: the last one's output, and the memory after it.
+    ) -> Encoded:
+        """Reads segments one after the other: what an answer attends to, and the memory.
 
         Args:
             src: (b, n) tokens, split after every `enc_max_seq_len`, or a list of segments.
             mems: (b, m, d), the memory before the first; the initial one by default.
-            src_mask: split as `src`.
+            src_mask: split as `src`. Rows may end before others do: the output is that of a row's
+                last segment that is not masked whole. It has then its mask beside it, and with
+                masks the length of the longest segment.
         """
         return self.read_segments(self.segments(src, mems, src_mask), mems)
 
@@ -303,12 +314,18 @@ class Memformer(nn.Module):
             check_tokens("src", piece.src, pieces[0].src.shape[0])
         return pieces
 
-    def read_segments(self, pieces: Sequence[Segment], mems: Tensor | None) -> EncOnlyResults:
+    def read_segments(self, pieces: Sequence[Segment], mems: Tensor | None) -> Encoded:
         """What `encode` returns, of segments that have been checked."""
-        for piece in pieces[:-1]:
-            mems = self(piece.src, mems=mems, src_mask=piece.mask).mem
-        found = self(pieces[-1].src, mems=mems, src_mask=pieces[-1].mask)
-        return EncOnlyResults(found.enc_out, found.mem)
+        context: Context | None = None
+        mem: Any = mems
+        for piece in pieces:
+            found = self(piece.src, mems=mem, src_mask=piece.mask)
+            # In the reference a row that is masked whole is a segment like others.
+            earlier = None if self.legacy else context
+            context, mem = Context(found.enc_out, piece.mask).after(earlier), found.mem
+        if context is None:
+            raise RuntimeError("no segment was read")
+        return Encoded(context.enc_out, mem, context.mask)
 
     def generate(
         self,
@@ -328,6 +345,8 @@ class Memformer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor | Generated:
         """Reads segments, then samples an answer to the last one. Dropout is off meanwhile.
+
+        For a row that ends before others do it is the last one that is not masked whole.
 
         Args:
             src, mems, src_mask: see `encode`.
@@ -403,6 +422,7 @@ class Memformer(nn.Module):
         *,
         inputs_embeds: Tensor | None = None,
         reset: Tensor | None = None,
+        earlier: Context | None = None,
         return_logits: bool = False,
     ) -> int:
         """Raises what `forward` raises; returns the batch."""
@@ -413,8 +433,14 @@ class Memformer(nn.Module):
             check_vectors("mems", mems, self.dim, b)
             if mems.shape[1] != self.num_mem:
                 raise ValueError(f"mems must have {self.num_mem} slots, got {mems.shape[1]}")
+            check_dtype("mems", mems, self.memory_slots)
         check_mask("src_mask", src_mask, (b, n))
         check_mask("reset", reset, (b,))
+        if earlier is not None:
+            if self.legacy or self.decoder is None:
+                raise ValueError("earlier is for a decoder, and not for a legacy one")
+            check_vectors("earlier.enc_out", earlier.enc_out, self.dim, b)
+            check_mask("earlier.mask", earlier.mask, earlier.enc_out.shape[:2])
         if self.decoder is None:
             if (tgt is not None or tgt_mask is not None or return_logits) and not self.legacy:
                 raise ValueError("a model with encoder_only=True takes no tgt, tgt_mask or logits")
@@ -464,12 +490,12 @@ class _Answer:
         self.length: int = length
         # For what it raises.
         self.decoder.stepper(prompt, length)
-        self._read: EncOnlyResults | None = None
+        self._read: Encoded | None = None
         self._step: Step | None = None
 
     @torch.no_grad()
-    def read(self) -> EncOnlyResults:
-        """The last segment's output and the memory."""
+    def read(self) -> Encoded:
+        """What the answer attends to, and the memory."""
         if self._read is None:
             with eval_mode(self.model):
                 self._read = self.model.read_segments(self.pieces, self.mems)
@@ -477,6 +503,6 @@ class _Answer:
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self._step is None:
-            context, mask = self.read().enc_out, self.pieces[-1].mask
-            self._step = self.decoder.stepper(tokens, self.length, context, None, mask)
+            read = self.read()
+            self._step = self.decoder.stepper(tokens, self.length, read.enc_out, None, read.mask)
         return self._step(tokens, state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from memformer.checks import check_mask, check_positive
 from memformer.model import EncOnlyResults, Memformer, Results
+from memformer.segments import Context
 
 Loss = Callable[[Results | EncOnlyResults, int], Tensor | None]
 
@@ -50,13 +51,29 @@ class _Step(NamedTuple):
     reset: Tensor | None
 
     def run(
-        self, model: Memformer, mems: Tensor | None, *, decode: bool
+        self,
+        model: Memformer,
+        mems: Tensor | None,
+        *,
+        decode: bool,
+        earlier: Context | None = None,
     ) -> Results | EncOnlyResults:
         tgt, tgt_mask = (self.tgt, self.tgt_mask) if decode else (None, None)
+        more: dict[str, Any] = {} if earlier is None else {"earlier": earlier}
         out: Results | EncOnlyResults = model(
-            self.src, tgt, mems, self.src_mask, tgt_mask, reset=self.reset
+            self.src, tgt, mems, self.src_mask, tgt_mask, reset=self.reset, **more
         )
         return out
+
+    def context(self, enc_out: Tensor, earlier: Context | None) -> Context:
+        """What the decoder attends to after this segment."""
+        return Context(enc_out, self.src_mask).after(earlier, self.reset)
+
+    def looks_back(self) -> bool:
+        """Whether a target is of a row that has no token in this segment."""
+        if self.tgt is None or self.src_mask is None:
+            return False
+        return not bool(self.src_mask.any(1).all())
 
 
 def memory_replay_backprop(
@@ -75,7 +92,9 @@ def memory_replay_backprop(
     """Adds to the parameters' gradients those of the sum of all segments' losses.
 
     They are those of back-propagation through all segments at once, for the memory of one segment's
-    graph and of the slots that each segment began with.
+    graph and of the slots that each segment began with. For a row that is masked whole in a segment
+    with a target, the decoder attends to the row's last segment that is not; what it attends to is
+    then kept, too.
 
     Args:
         model: a `Memformer`, or `DistributedDataParallel` of one: gradients are then averaged over
@@ -87,8 +106,9 @@ def memory_replay_backprop(
         mems: (b, m, d), the memory before the first segment; the initial one by default. Gets a
             gradient if it wants one.
         resets: (b, s) boolean, rows that begin a segment with the initial memory.
-        loss_fn: called as loss_fn(results, i) for segment i, returns its loss or None; by default
-            `dec_out` where there is a target. For `encoder_only`, or losses of one's own.
+        loss_fn: called as loss_fn(results, i) for segment i, from the last to the first, returns
+            its loss or None; by default `dec_out` where there is a target. For `encoder_only`, or
+            losses of one's own.
         truncation: segments that a gradient goes back: the memory counts as detached before every
             so many, counted from the last.
         scaler: of the losses; what is returned is not scaled.
@@ -98,7 +118,8 @@ def memory_replay_backprop(
 
     Raises:
         TypeError, ValueError: as the model's `forward`; lists are not of one length; there is
-            neither a target nor a `loss_fn`; `truncation` is below 1.
+            neither a target nor a `loss_fn`; `truncation` is below 1. Of what `loss_fn` returns,
+            when it does: the losses of later segments have then been differentiated.
     """
     inner = _memformer(model)
     steps = _steps(inner, src, tgt, src_mask, tgt_mask, resets, mems)
@@ -113,43 +134,53 @@ def memory_replay_backprop(
 
     # The decoder may draw random numbers before the next segment does.
     draws = any(isinstance(x, nn.Dropout) and x.p > 0.0 and x.training for x in inner.modules())
-    stored: dict[int, tuple[Tensor | None, _RandomState]] = {}
-    mem = mems
+    last_back = max((i for i in range(1, count) if reached[i] and steps[i].looks_back()), default=0)
+    stored: dict[int, _Start] = {}
+    mem, context = mems, None
     with torch.no_grad():
         for i, step in enumerate(steps):
             if reached[i]:
-                stored[i] = mem, _RandomState(step.src)
+                wanted = context if step.looks_back() else None
+                stored[i] = _Start(mem, wanted, _RandomState(step.src))
             if i < count - 1 or i != last:
-                mem = step.run(inner, mem, decode=draws).mem
+                out = step.run(inner, mem, decode=draws)
+                mem = out.mem
+                context = step.context(out.enc_out, context) if i < last_back else None
+                del out
     # What autocast has cast without a graph must not be found by the passes with one.
     torch.clear_autocast_cache()
 
     losses: dict[int, Tensor] = {}
     grad: Tensor | None = None
+    grad_context: Tensor | None = None
     while stored:
-        i, (given, random_state) = stored.popitem()
-        if i == 0:
-            given = mems
-        elif given is not None:
-            given = given.detach().requires_grad_()
-        with random_state.restored(i != count - 1):
-            results = steps[i].run(inner, given, decode=True)
-            loss = _loss(results, i, losing[i], loss_fn)
+        i, start = stored.popitem()
+        given = mems if i == 0 or start.mem is None else start.mem.detach().requires_grad_()
+        earlier = _leaf(start.context, grad_context, steps[:i])
+        with start.random_state.restored(i != count - 1):
+            results = steps[i].run(inner, given, decode=True, earlier=earlier)
+        loss = _loss(results, i, losing[i], loss_fn)
         if i == count - 1:
             mem = results.mem.detach()
-        # Where only the decoder learns, nothing leads back through the memory.
-        roots = [(results.mem, grad)] if grad is not None and results.mem.requires_grad else []
+        roots: list[tuple[Tensor, Tensor | None]] = [(results.mem, grad)]
+        if grad_context is not None:
+            roots.append((steps[i].context(results.enc_out, earlier).enc_out, grad_context))
         if loss is not None:
             losses[i] = loss.detach()
             scaled = loss if scaler is None else scaler.scale(loss)
             roots.append((scaled, torch.ones_like(scaled)))
         # No graph outlives its segment.
-        del results, loss
+        del results, loss, start
+        # Where only the decoder learns, nothing leads back through the memory.
+        roots = [(x, y) for x, y in roots if y is not None and x.requires_grad]
         if roots:
-            torch.autograd.backward([x for x, _ in roots], [y for _, y in roots])
+            # The dtypes of the graph decide.
+            with torch.autocast(steps[i].src.device.type, enabled=False):
+                torch.autograd.backward([x for x, _ in roots], [y for _, y in roots])
         cut = (count - i) % (truncation or count) == 0
         grad = None if cut or i == 0 or given is None else given.grad
-        del roots, given
+        grad_context = None if cut or earlier is None else earlier.enc_out.grad
+        del roots, given, earlier
 
     if isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
         _average_gradients(model)
@@ -161,6 +192,8 @@ def memory_replay_backprop(
 
 
 def _memformer(model: nn.Module) -> Memformer:
+    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
+        raise TypeError("compile the model, then wrap it in DistributedDataParallel")
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     # What torch.compile returns holds the model as `_orig_mod`.
     if not isinstance(getattr(inner, "_orig_mod", inner), Memformer):
@@ -215,12 +248,44 @@ def _reached(losing: Sequence[bool], truncation: int) -> list[bool]:
     return found[::-1]
 
 
+def _leaf(stored: Context | None, grad: Tensor | None, before: Sequence[_Step]) -> Context | None:
+    """What the decoder attended to before a segment, to take its gradient: None if nothing asks.
+
+    Where only a later segment asks for it, its values are of no account, and may be zeros.
+    """
+    if stored is not None:
+        return Context(stored.enc_out.detach().requires_grad_(), stored.mask)
+    if grad is None or not before:
+        return None
+    n = 0
+    for step in before:
+        own = step.src.shape[1]
+        n = own if step.src_mask is None else max(n, own)
+    return Context(grad.new_zeros(len(grad), n, grad.shape[2]).requires_grad_(), None)
+
+
 def _loss(
     results: Results | EncOnlyResults, i: int, losing: bool, loss_fn: Loss | None
 ) -> Tensor | None:
-    if loss_fn is not None:
-        return loss_fn(results, i)
-    return results.dec_out if losing and isinstance(results, Results) else None
+    if loss_fn is None:
+        return results.dec_out if losing and isinstance(results, Results) else None
+    loss = loss_fn(results, i)
+    if loss is None:
+        return None
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a tensor or None, got {type(loss).__name__}")
+    if loss.ndim != 0:
+        shape = tuple(loss.shape)
+        raise ValueError(f"loss_fn must return one number, got shape {shape} for segment {i}")
+    return loss
+
+
+class _Start(NamedTuple):
+    """What a segment is run with again: the memory, what its decoder attends to of earlier ones."""
+
+    mem: Tensor | None
+    context: Context | None
+    random_state: _RandomState
 
 
 class _RandomState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,17 +37,27 @@ class DecoderState(NamedTuple):
     def reorder(self, rows: Tensor) -> DecoderState:
         """A copy with these rows (i,) of the batch, each as often as it is named: beam search."""
 
-        def pick(x: Tensor) -> Tensor:
-            return x.index_select(0, rows)
+        # The biases are of no row.
+        by_distance = self.by_distance
+        return self._map(lambda x: x if x is by_distance else x.index_select(0, rows))
 
+    def detach(self) -> DecoderState:
+        """The same without a graph, in the same room."""
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> DecoderState:
+        """On a device, in the same room if it is there already."""
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> DecoderState:
         return DecoderState(
-            tuple(map(pick, self.keys)),
-            tuple(map(pick, self.values)),
-            tuple(map(pick, self.cross_keys)),
-            tuple(map(pick, self.cross_values)),
-            None if self.mask is None else pick(self.mask),
-            None if self.cross_mask is None else pick(self.cross_mask),
-            self.by_distance,
+            tuple(map(change, self.keys)),
+            tuple(map(change, self.values)),
+            tuple(map(change, self.cross_keys)),
+            tuple(map(change, self.cross_values)),
+            None if self.mask is None else change(self.mask),
+            None if self.cross_mask is None else change(self.cross_mask),
+            change(self.by_distance),
             self.length,
         )
 

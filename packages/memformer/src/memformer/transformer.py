@@ -5,16 +5,18 @@ Shapes: b batch, n tokens, m tokens of the context, d model width, h heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memformer.attention import attend
 from memformer.checks import (
     check_dropout,
+    check_dtype,
     check_heads,
     check_length,
     check_mask,
@@ -25,7 +27,22 @@ from memformer.checks import (
 )
 from memformer.legacy import LAYER_KEYS, attend_legacy, check_legacy_options
 from memformer.state import DecoderState
-from shared_core import FeedForward, RelativePositionBias, register_key_map
+from shared_core import FeedForward, RelativePositionBias, register_key_map, transformed
+
+Result = TypeVar("Result")
+
+
+def lightly(function: Callable[[Tensor], Result], x: Tensor, *, draws: bool = False) -> Result:
+    """function(x), of which nothing but x is kept for the gradient.
+
+    It is run again, up to the last operation that keeps something, which is not: for functions that
+    end with a product, before which there are cheap operations. `draws`: it draws random numbers.
+    """
+    # A compiler decides for itself, and a transform has no use for what is kept.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed(x):
+        return function(x)
+    found: Result = checkpoint(function, x, use_reentrant=False, preserve_rng_state=draws)
+    return found
 
 
 class Attention(nn.Module):
@@ -68,6 +85,14 @@ class AttentionLayer(nn.Module):
         self.body: Attention = Attention(dim, heads)
         self.dropout: nn.Dropout = nn.Dropout(dropout)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """Of the norm of x, (b, n, d) -> (b, h, n, d / h)."""
+        return lightly(lambda x: self.body.queries(self.norm(x)), x)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the norm of x, (b, n, d) -> (b, h, n, d / h) each."""
+        return lightly(lambda x: self.body.keys_values(self.norm(x)), x)
+
     def add(self, x: Tensor, found: Tensor) -> Tensor:
         """x (b, n, d) and what the heads have found, (b, h, n, d / h)."""
         out: Tensor = x + self.dropout(self.body.merge(found))
@@ -85,7 +110,13 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        out: Tensor = x + self.dropout(self.body(self.norm(x)))
+        hidden = lightly(lambda x: self.body.inner(self.norm(x)), x)
+        draws = self.training and self.body.dropout.p > 0.0
+        out: Tensor = x + self.dropout(lightly(self._outer, hidden, draws=draws))
+        return out
+
+    def _outer(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.body.outer(self.body.dropout(F.gelu(hidden)))
         return out
 
 
@@ -166,9 +197,9 @@ class Blocks(nn.Module):
         context = self._prepare(context, context_mask)
         by_distance = self.by_distance(x.shape[1], x.shape[1])
         for layer in self._layers():
-            body, normed = layer.self_attn.body, layer.self_attn.norm(x)
-            k, v = body.keys_values(normed)
-            found = attend(body.queries(normed), k, v, by_distance, mask, causal=self.causal)
+            k, v = layer.self_attn.keys_values(x)
+            q = layer.self_attn.queries(x)
+            found = attend(q, k, v, by_distance, mask, causal=self.causal)
             x = layer.self_attn.add(x, found)
             if context is not None:
                 k, v = layer.cross_attn.body.keys_values(context)
@@ -178,7 +209,7 @@ class Blocks(nn.Module):
 
     def _cross(self, layer: Layer, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         cross = layer.cross_attn
-        return cross.add(x, attend(cross.body.queries(cross.norm(x)), k, v, None, mask))
+        return cross.add(x, attend(cross.queries(x), k, v, None, mask))
 
     def _prepare(self, context: Tensor | None, mask: Tensor | None) -> Tensor | None:
         if context is None:
@@ -294,11 +325,17 @@ class Decoder(Blocks):
         """
         return self.run(x, context, src_mask, tgt_mask)
 
+    @torch.no_grad()
     def init_state(
         self, batch: int, room: int, context: Tensor | None = None, tgt_mask: Tensor | None = None
     ) -> DecoderState:
-        """The state before the first token of `batch` sequences of up to `room` tokens."""
+        """The state before the first token of `batch` sequences of up to `room` tokens.
+
+        Without gradients, as `step`, which writes in place.
+        """
         check_positive(batch=batch, room=room)
+        if self.legacy and context is None:
+            raise ValueError("a legacy decoder without a context attends to all tokens at once")
         weight = self.rel_pos_emb.relative_attention_bias.weight
         if context is not None:
             check_vectors("context", context, self.dim, batch)
@@ -314,18 +351,22 @@ class Decoder(Blocks):
                 for k, v in (layer.cross_attn.body.keys_values(context) for layer in self._layers())
             ]
         heads = weight.shape[1]
+        # Of the dtype that comes out of a projection, under autocast too.
+        body = next(self._layers()).self_attn.body
+        like, _ = body.keys_values(weight.new_zeros(1, 1, self.dim))
         shape = (batch, heads, room, self.dim // heads)
         return DecoderState(
-            tuple(weight.new_empty(shape) for _ in self.layers),
-            tuple(weight.new_empty(shape) for _ in self.layers),
+            tuple(like.new_empty(shape) for _ in self.layers),
+            tuple(like.new_empty(shape) for _ in self.layers),
             tuple(k for k, _ in crossed),
             tuple(v for _, v in crossed),
             None,
             tgt_mask,
-            self.by_distance(room, room),
+            self.by_distance(room, room).to(like.dtype),
             0,
         )
 
+    @torch.no_grad()
     def step(
         self, x: Tensor, state: DecoderState, mask: Tensor | None = None
     ) -> tuple[Tensor, DecoderState]:
@@ -372,7 +413,8 @@ class TransformerWrapper(nn.Module):
         dropout: of the embeddings.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, `layer_blocks` has another width, or a new option
+            meets legacy ones.
     """
 
     def __init__(
@@ -391,6 +433,11 @@ class TransformerWrapper(nn.Module):
         check_dropout(dropout)
         if tie_embeddings and not return_logits:
             raise ValueError("tie_embeddings needs return_logits=True, got return_logits=False")
+        width = getattr(layer_blocks, "dim", dim)
+        if width != dim:
+            raise ValueError(f"dim must be that of layer_blocks, got {dim} and {width}")
+        if getattr(layer_blocks, "legacy", False):
+            check_legacy_options(tie_embeddings=not tie_embeddings, dropout=dropout == 0.0)
         super().__init__()
         self.max_seq_len: int = max_seq_len
         self.token_emb: nn.Embedding = nn.Embedding(num_tokens, dim)
@@ -450,6 +497,7 @@ class TransformerWrapper(nn.Module):
             n = x.shape[1]
         elif inputs_embeds is not None:
             check_vectors("inputs_embeds", inputs_embeds, self.token_emb.embedding_dim, batch)
+            check_dtype("inputs_embeds", inputs_embeds, self.token_emb.weight)
             n = inputs_embeds.shape[1]
         if not self.legacy:
             check_length(name, n, self.max_seq_len)

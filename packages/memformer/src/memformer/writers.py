@@ -7,13 +7,15 @@ Shapes: b batch, m slots, n tokens of the segment, d model width, h heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from memformer.attention import nothing
 from memformer.transformer import Attention
+from shared_core import transformed
 
 WRITERS = ("gru", "bmn")
 BMN_BIAS = 0.001
@@ -28,18 +30,34 @@ def attend_slots(
 ) -> Tensor:
     """What each slot finds in itself and in the segment: (b, h, m, d / h).
 
+    While training, weights are computed again for the gradient, not kept.
+
     Args:
         q: (b, h, m, d / h), scaled.
         own: keys and values of the slots, like `q`; a slot sees only its own.
         tokens: keys and values of the segment, (b, h, n, d / h).
         mask: (b, n) boolean, True = take part.
     """
-    logits = q @ tokens[0].mT
+    given = q, *own, *tokens
+    # A compiler decides for itself, and a transform has no use for what is saved.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed(*given):
+        return _attend_slots(*given, mask)
+    found: Tensor = checkpoint(
+        _attend_slots, *given, mask, use_reentrant=False, preserve_rng_state=False
+    )
+    return found
+
+
+def _attend_slots(
+    q: Tensor, own_key: Tensor, own_value: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    logits = q @ k.mT
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None], nothing(q.dtype))
-    itself = (q * own[0]).sum(-1, keepdim=True)
+        logits = logits.masked_fill(~mask[:, None, None], -math.inf)
+    # Never a row of nothing: a slot sees itself.
+    itself = (q * own_key).sum(-1, keepdim=True)
     weights = torch.cat((itself, logits), dim=-1).softmax(-1)
-    return weights[..., :1] * own[1] + weights[..., 1:] @ tokens[1]
+    return weights[..., :1] * own_value + weights[..., 1:] @ v
 
 
 def write_gru(
@@ -95,4 +113,6 @@ def write_bmn(
 
 def normalise(mems: Tensor) -> Tensor:
     """Slots of norm 1, (..., d)."""
-    return mems * mems.square().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+    # In half precision the squares of small numbers are 0.
+    wide = mems.to(torch.promote_types(mems.dtype, torch.float32))
+    return (wide * wide.square().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()).to(mems.dtype)

@@ -1,0 +1,210 @@
+"""Packed weights are those of now, wherever they are kept from, and as exact as they were."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from feedback_transformer import FeedbackTransformer, packing
+
+WIDE: dict[str, Any] = {"num_tokens": 300, "dim": 256, "depth": 2, "mem_len": 9, "dim_head": 32}
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest) -> FeedbackTransformer:
+    """On the CPU, where weights are packed, whatever the device of the other tests."""
+    torch.manual_seed(0)
+    return FeedbackTransformer(**WIDE).to(getattr(torch, request.param))
+
+
+def tokens(n: int) -> Tensor:
+    return torch.randint(300, (1, n), generator=torch.Generator().manual_seed(n))
+
+
+def fresh(model: FeedbackTransformer) -> FeedbackTransformer:
+    """The same numbers in a model that has kept nothing."""
+    other = FeedbackTransformer(**WIDE).to(model.to_kv.weight.dtype)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def by_optimiser(model: FeedbackTransformer) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    model(tokens(6)).square().sum().backward()
+    optimizer.step()
+
+
+def by_data(model: FeedbackTransformer) -> None:
+    for p in model.parameters():
+        p.data.mul_(1.5)
+
+
+def by_one_number(model: FeedbackTransformer) -> None:
+    model.layers[1].ff.inner.weight.data[3, 5] += 4.0
+
+
+def by_columns(model: FeedbackTransformer) -> None:
+    weight = model.layers[0].ff.outer.weight
+    weight.data.copy_(weight.data.roll(8, 1))
+
+
+def by_rows(model: FeedbackTransformer) -> None:
+    weight = model.layers[0].ff.inner.weight
+    weight.data.copy_(weight.data.flip(0).clone())
+
+
+def by_loading(model: FeedbackTransformer) -> None:
+    torch.manual_seed(1)
+    model.load_state_dict(FeedbackTransformer(**WIDE).state_dict())
+
+
+def by_assigning(model: FeedbackTransformer) -> None:
+    torch.manual_seed(1)
+    other = FeedbackTransformer(**WIDE).to(model.to_kv.weight.dtype)
+    model.load_state_dict(other.state_dict(), assign=True)
+
+
+def by_moving(model: FeedbackTransformer) -> None:
+    model.double()
+    model.to_kv.weight.data *= 2.0
+    model.float()
+
+
+CHANGES = [
+    by_optimiser,
+    by_data,
+    by_one_number,
+    by_columns,
+    by_rows,
+    by_loading,
+    by_assigning,
+    by_moving,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_weights_is_seen(
+    model: FeedbackTransformer, change: Callable[[FeedbackTransformer], None]
+) -> None:
+    x = tokens(24)
+    with torch.no_grad():
+        before = model(x)
+        model.generate(x, 3)
+    change(model)
+    with torch.no_grad():
+        out = model(x)
+        steps = model.generate(x, 6, temperature=0)
+        expected = fresh(model)
+        assert torch.equal(out, expected(x))
+        assert not torch.equal(out, before)
+        assert torch.equal(steps, expected.generate(x, 6, temperature=0))
+
+
+def test_weights_are_packed_once_while_they_stay(
+    model: FeedbackTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for kind in (packing.Packed, packing.PackedHalf):
+        monkeypatch.setattr(kind, "__call__", _counted(kind.__call__, made))
+    x = tokens(24)
+    with torch.no_grad():
+        first = model(x)
+        kept = dict(model._packs._kept)
+        again = model(x)
+    assert torch.equal(first, again)
+    assert all(model._packs._kept[name] is entry for name, entry in kept.items())
+    if packing.can_pack(model.to_kv.weight, 2):
+        assert kept
+        assert made
+        # A short call has them, too, where they are there.
+        made.clear()
+        with torch.no_grad():
+            model(x[:, :2])
+        assert made
+    model(x)
+    assert not model._packs._kept
+
+
+def _counted(call: Any, made: list[int]) -> Any:
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return call(*args)
+
+    return counted
+
+
+def test_copies_and_files_keep_nothing(model: FeedbackTransformer) -> None:
+    x = tokens(24)
+    with torch.no_grad():
+        expected = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not other._packs._kept
+            assert torch.equal(other(x), expected)
+    assert set(model.state_dict()) == set(fresh(model).state_dict())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products(rows: int, dtype: torch.dtype) -> None:
+    """With rows of any type and shape; those of bfloat16 in float16 are the more exact ones."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = (0.05 * torch.randn(512, 256, generator=generator)).to(dtype)
+    x = torch.randn(rows, 256, generator=generator)
+    bias = torch.randn(512, generator=generator)
+    if not packing.can_pack(weight, rows):
+        pytest.skip("nothing is packed here")
+    expected = x.double() @ weight.double().T
+    kinds: list[Any] = [packing.Packed(weight)]
+    if packing.fits_half(weight, rows):
+        kinds.append(packing.PackedHalf(weight))
+    for packed in kinds:
+        loose = dtype == torch.bfloat16 and isinstance(packed, packing.Packed)
+        near = {"atol": 0.05 if loose else 1e-4, "rtol": 0.0, "check_dtype": False}
+        torch.testing.assert_close(packed(x), expected, **near)
+        torch.testing.assert_close(packed(x, bias), expected + bias, **near)
+        torch.testing.assert_close(packed(x.view(rows, 1, 256))[:, 0], expected, **near)
+        half = packed(x.to(dtype))
+        assert half.dtype == dtype
+        torch.testing.assert_close(half, expected, **(near | {"atol": 0.05}))
+
+
+def test_weights_that_float16_would_spoil() -> None:
+    weight = torch.full((256, 256), 0.05, dtype=torch.bfloat16)
+    if not packing._has_half():
+        pytest.skip("nothing is kept in float16 here")
+    assert packing.fits_half(weight, 2)
+    assert not packing.fits_half(weight, packing.FEW + 1)
+    assert not packing.fits_half(weight.float(), 2)
+    for number in (1e5, -1e5, float("nan"), float("inf")):
+        other = weight.clone()
+        other[3, 4] = number
+        assert not packing.fits_half(other, 2)
+    assert not packing.fits_half(weight * 1e-3, 2)
+
+
+def test_long_answers_in_float16_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn from a bfloat16 model is what one in float32 of the same numbers draws."""
+    from feedback_transformer import generation
+
+    monkeypatch.setattr(generation, "MANY", 1)
+    torch.manual_seed(0)
+    model = FeedbackTransformer(**WIDE).bfloat16()
+    wide = fresh(model.float())
+    model = model.bfloat16()
+    x = tokens(9)
+    logits: list[list[Tensor]] = [[], []]
+    for found, one in zip(logits, (model, wide), strict=True):
+        step = one._stepper(x, 8, None, None, None, None)
+        with torch.no_grad():
+            out, window = step(x, None)
+            for token in tokens(8)[0]:
+                out, window = step(token.view(1, 1), window)
+                found.append(out.float())
+    for ours, theirs in zip(*logits, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
