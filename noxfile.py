@@ -29,7 +29,7 @@ from environments import (
     group,
     install,
     python,
-    safe_path,
+    run_suite,
     uv,
     wheel,
     wheels,
@@ -85,31 +85,6 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         # Each test uses one core; `-- -n0` runs them in one process, as a debugger needs it.
         options += ["-n", "auto", "--maxprocesses", "4"]
     run_suite(session, suite, *options)
-
-
-def run_suite(session: nox.Session, suite: Path, *more: str) -> None:
-    """Run the tests in a folder on what is installed."""
-    options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin", *more]
-    with tempfile.TemporaryDirectory(prefix="tests-") as folder, session.chdir(folder):
-        session.run(
-            *(python(session), *safe_path(session), "-m", "pytest"),
-            *(*options, *selected(session, suite)),
-            # Where it is set, every one of the many child processes would compile torch anew.
-            env={"PYTHONDONTWRITEBYTECODE": ""},
-            log=False,
-        )
-
-
-def selected(session: nox.Session, suite: Path) -> list[str]:
-    """Pytest's arguments: those of the command, and the suite unless they name files."""
-    arguments, named = [], False
-    for argument in session.posargs:
-        file, colons, test = argument.partition("::")
-        # A file is meant from where the command was typed.
-        path = Path(session.invoked_from, file)
-        named = named or path.is_file()
-        arguments.append(f"{path}{colons}{test}" if path.is_file() else argument)
-    return arguments if named else [*arguments, str(suite)]
 
 
 @nox.session(tags=["static"])
@@ -196,7 +171,9 @@ def newest(session: nox.Session, package: str) -> None:
 def audit(session: nox.Session) -> None:
     """Look for known vulnerabilities in what tools/constraints.txt pins (asks PyPI)."""
     install(session, *group("audit"))
-    session.run("pip-audit", "--disable-pip", "--no-deps", "-r", str(CONSTRAINTS), log=False)
+    # Strict: what cannot be looked up is a fault, too.
+    options = ("--strict", "--disable-pip", "--no-deps", "-r", str(CONSTRAINTS))
+    session.run("pip-audit", *options, log=False)
 
 
 @nox.session

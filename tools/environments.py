@@ -144,3 +144,28 @@ def package_sources(session: nox.Session) -> dict[str, str]:
 
 
 read_pip_settings = functools.cache(pip_settings.read)
+
+
+def run_suite(session: nox.Session, suite: Path, *more: str) -> None:
+    """Run the tests in a folder on what is installed."""
+    options = ["-c", str(ROOT / ".pytest.ini"), "-p", "shared_core.testing.plugin", *more]
+    with tempfile.TemporaryDirectory(prefix="tests-") as folder, session.chdir(folder):
+        session.run(
+            *(python(session), *safe_path(session), "-m", "pytest"),
+            *(*options, *selected(session, suite)),
+            # Where it is set, every one of the many child processes would compile torch anew.
+            env={"PYTHONDONTWRITEBYTECODE": ""},
+            log=False,
+        )
+
+
+def selected(session: nox.Session, suite: Path) -> list[str]:
+    """Pytest's arguments: those of the command, and the suite unless they name files."""
+    arguments, named = [], False
+    for argument in session.posargs:
+        file, colons, test = argument.partition("::")
+        # A file is meant from where the command was typed.
+        path = Path(session.invoked_from, file)
+        named = named or path.is_file()
+        arguments.append(f"{path}{colons}{test}" if path.is_file() else argument)
+    return arguments if named else [*arguments, str(suite)]

@@ -29,11 +29,17 @@ class Release:
         return f"{self.name}-v{self.version}"
 
     def unpack(self, folder: Path) -> Distribution:
-        """The distribution as it was, with the whole repository around it in `folder`."""
+        """The distribution as it was, with the whole repository around it in `folder`.
+
+        Raises ValueError where the tag does not hold it.
+        """
         archive = git(self.root, "archive", "--format=tar", self.tag)
         with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
             tree.extractall(folder, filter="data")
-        return next(found for found in discover(folder) if found.name == self.name)
+        for found in discover(folder):
+            if found.name == self.name:
+                return found
+        raise ValueError(f"{self.tag} holds no {self.name}")
 
 
 def released(root: Path, name: str) -> list[Release]:

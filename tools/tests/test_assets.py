@@ -35,7 +35,7 @@ class Index:
         self.folder = folder
         handler = functools.partial(Silent, directory=str(folder))
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://localhost:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
 
@@ -85,7 +85,7 @@ def install(python: Path, index: Index, *arguments: str) -> subprocess.Completed
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", *PIP_QUIET]
     return subprocess.run(
         [*command, "--index-url", f"{index.url}/simple", *arguments],
-        env=outside | {"PIP_CONFIG_FILE": os.devnull, "NO_PROXY": "127.0.0.1"},
+        env=outside | {"PIP_CONFIG_FILE": os.devnull, "NO_PROXY": "localhost"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -139,7 +139,7 @@ def install_by_uv(python: Path, lock: Path) -> subprocess.CompletedProcess[str]:
     command = [find_uv_bin(), "pip", "install", "--python", str(python), "--no-cache"]
     return subprocess.run(
         [*command, "--no-deps", "-r", str(lock)],
-        env=outside | {"NO_PROXY": "127.0.0.1"},
+        env=outside | {"NO_PROXY": "localhost"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -149,6 +149,14 @@ def test_without_a_release_it_says_so(
         assert capsys.readouterr().out == "a-one has no release to compare with\n"
 
 
+def test_a_tag_of_something_else(repository: Repository) -> None:
+    repository.add("b-two")
+    repository.commit("a-one-v1.0.0")
+    repository.add("a-one")
+    with pytest.raises(ValueError, match=r"^a-one-v1.0.0 holds no a-one$"):
+        list(check(repository.root))
+
+
 def test_an_unpacked_archive_has_no_releases(repository: Repository) -> None:
     repository.add("a-one")
     assert list(check(repository.root)) == []

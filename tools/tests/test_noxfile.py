@@ -227,9 +227,9 @@ def test_the_device_of_a_comparison(noxfile: ModuleType, options: list[str], dev
     assert noxfile.device(options) == device
 
 
-def test_a_file_takes_the_place_of_the_suite(noxfile: ModuleType, tmp_path: Path) -> None:
+def test_a_file_takes_the_place_of_the_suite(tmp_path: Path) -> None:
     def selected(*arguments: str) -> list[str]:
-        found: list[str] = noxfile.selected(StandIn(tmp_path, *arguments), Path("/suite"))
+        found: list[str] = environments.selected(StandIn(tmp_path, *arguments), Path("/suite"))
         return found
 
     (tmp_path / "tests").mkdir()

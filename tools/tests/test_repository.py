@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from distributions import ROOT, discover
 
 COMMAND = 'pip install "nox[uv]" && nox'
-WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+WORKFLOWS = ROOT / ".github" / "workflows"
 # Folders that exist on one machine only.
 FOLDERS = ("work", "workspace", "root", "opt", "home", "Users", "mnt", "srv", "tmp")
 MACHINE_PATH = re.compile(rf"(?<![\w.~])/(?:{'|'.join(FOLDERS)})/\w")
@@ -74,8 +76,43 @@ def test_the_readme_has_a_row_for_every_distribution() -> None:
 
 
 def test_the_workflow_runs_the_pythons_that_we_name() -> None:
-    jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
-    pythons = jobs["tests"]["strategy"]["matrix"]["python"]
+    pythons = load("ci")["jobs"]["tests"]["strategy"]["matrix"]["python"]
     for found in discover():
         text = (found.folder / "pyproject.toml").read_text(encoding="utf-8")
         assert re.findall(r":: (3\.\d+)\"", text) == pythons
+
+
+def load(name: str) -> dict[str, Any]:
+    workflow: dict[str, Any] = yaml.safe_load((WORKFLOWS / f"{name}.yml").read_text("utf-8"))
+    return workflow
+
+
+def test_nobody_elses_code_runs_on_our_machines() -> None:
+    for path in WORKFLOWS.glob("*.yml"):
+        # The parser of YAML takes the key "on" for true.
+        triggers = set(load(path.stem)[True])
+        if "self-hosted" in path.read_text(encoding="utf-8"):
+            assert triggers <= {"push", "schedule", "workflow_dispatch"}
+        assert "pull_request_target" not in triggers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_runner_without_a_gpu_fails() -> None:
+    steps = load("gpu")["jobs"]["tests"]["steps"]
+    (script,) = (step["run"] for step in steps if step.get("name") == "See the GPU")
+    command = ["bash", "-e", "-c", script]
+    result = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert result.returncode != 0
+
+
+def test_only_a_release_may_write() -> None:
+    for path in WORKFLOWS.glob("*.yml"):
+        workflow = load(path.stem)
+        assert workflow["permissions"] == {}
+        rights = [set(job["permissions"].items()) for job in workflow["jobs"].values()]
+        writing = any(right == "write" for job in rights for _, right in job)
+        assert writing == (path.stem == "release")
+    # What is built is built without them.
+    assert load("release")["jobs"]["build"]["permissions"] == {"contents": "read"}
+    for job in ("attest", "publish", "release"):
+        assert "actions/checkout" not in str(load("release")["jobs"][job])
