@@ -16,6 +16,7 @@ from memformer.attention import attend
 from memformer.checks import (
     check_dropout,
     check_dtype,
+    check_heads,
     check_length,
     check_mask,
     check_only_one,
