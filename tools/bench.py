@@ -140,7 +140,7 @@ def _peaks(
     case: Case, subjects: list[Subject], sides: Sides, effort: Effort, say: Say
 ) -> dict[str, list[float]]:
     peaks: dict[str, list[float]] = {subject.name: [] for subject in subjects}
-    for _ in range(effort.processes):
+    for _ in range(1 if case.once else effort.processes):
         for subject in subjects:
             say(subject.name)
             with sides.start(subject.environment) as worker:

@@ -71,6 +71,7 @@ class Case:
             Where given, results on an accelerator show them beside the device's measured ceilings.
         dtype: of the operations counted by `flops`.
         limit: seconds after which a value is given up, where it may take longer than others.
+        once: of "memory": one process is enough, since a run takes minutes.
     """
 
     title: str
@@ -85,6 +86,7 @@ class Case:
     traffic: float = 0.0
     dtype: str = "float32"
     limit: float | None = None
+    once: bool = False
 
     def __post_init__(self) -> None:
         names = [subject.name for subject in self.subjects]

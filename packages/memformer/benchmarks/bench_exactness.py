@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -117,7 +118,21 @@ def bounded(*, device: str) -> Callable[[], float]:
     return run
 
 
-def growth(*, device: str) -> Callable[[], float]:
+def seconds(*, device: str, segments: int) -> Callable[[], float]:
+    """What one segment of a training step takes, of a processor; once, since it takes minutes."""
+    torch.set_num_threads(1)
+    bench_speed.replay(device=device, segments=2)()
+    run = bench_speed.replay(device=device, segments=segments)
+
+    def measured() -> float:
+        start = time.process_time()
+        run()
+        return (time.process_time() - start) / segments
+
+    return measured
+
+
+def growth(*, device: str, segments: int) -> Callable[[], float]:
     """MiB that replay's peak grows by with a segment; each peak is a fresh process's."""
     script = """
 import sys
@@ -142,7 +157,7 @@ print(peak.partition("VmHWM:")[2].split()[0])
         tokens = segments * bench_speed.TOKENS * 8
         return float(out.stdout) / 2**10 - tokens / 2**20
 
-    return lambda: (peak(64) - peak(8)) / 56
+    return lambda: (peak(segments) - peak(8)) / (segments - 8)
 
 
 def _recalled(seed: int) -> dict[int, float]:

@@ -125,6 +125,21 @@ def test_all_measures_in_both_environments(compared: Compared) -> None:
     assert float(memory[4].removesuffix(" MiB")) == pytest.approx(32, rel=0.05)
 
 
+def test_what_takes_minutes_is_weighed_once(
+    compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "FULL", replace(bench.FULL, processes=2))
+    counts = []
+    bound = 'per="ours", at_least=2.9)],'
+    for text in (CASES, CASES.replace(bound, bound + " once=True,")):
+        compared.write("bench_cases.py", text)
+        assert run(compared, "--only", "memory") == 0
+        (cache,) = (compared.root / "cache").iterdir()
+        samples = json.loads(cache.read_text())["records"]["memory"]["samples"]
+        counts.append({len(one) for kind in samples.values() for one in kind.values()})
+    assert counts == [{2}, {1}]
+
+
 def test_resuming_keeps_what_was_measured(
     compared: Compared, capsys: pytest.CaptureFixture[str]
 ) -> None:
