@@ -58,12 +58,28 @@ def test_a_tangent_is_seen_while_its_level_is_open(device: torch.device) -> None
     assert not transformed(dual)
 
 
-def test_a_traced_graph_does_not_ask(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiler_sees_the_transforms_that_it_traces(device: torch.device, backend: str) -> None:
     def double(x: Tensor) -> Tensor:
-        return x if transformed(x) else x * 2
+        return x * 3 if transformed(x) else x * 2
+
+    def gradient(x: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda x: double(x).sum())(x)
+        return found
 
     x = torch.ones(3, device=device)
-    torch.testing.assert_close(torch.compile(double, backend="eager", fullgraph=True)(x), x * 2)
+    for function, expected in ((double, x * 2), (gradient, x * 3), (double, x * 2)):
+        compiled = torch.compile(function, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_an_exported_graph_has_no_transform(device: torch.device) -> None:
+    class Double(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 3 if transformed(x) else x * 2
+
+    x = torch.ones(3, device=device)
+    torch.testing.assert_close(torch.export.export(Double(), (x,)).module()(x), x * 2)
 
 
 @torch.library.custom_op("shared_core_tests::cubed", mutates_args=())

@@ -13,11 +13,12 @@ def transformed(*tensors: Tensor | None) -> bool:
     """Whether forward-mode differentiation or a transform of `torch.func` concerns a tensor.
 
     An operator of one's own knows nothing of these: a tangent passes it as 0 without a word. Where
-    this is True, take differentiable operations of PyTorch in its place. Always False while
-    `torch.compile` or `torch.export` traces; None counts for nothing.
+    this is True, take differentiable operations of PyTorch in its place. None counts for nothing.
+    While `torch.compile` traces, every transform that is traced concerns every tensor, and a dual
+    number of `torch.autograd.forward_ad` is not seen.
     """
     if torch.compiler.is_compiling():
-        return False
+        return torch._C._are_functorch_transforms_active()
     return any(
         _is_wrapped(x) or forward_ad.unpack_dual(x).tangent is not None
         for x in tensors

@@ -1,0 +1,101 @@
+"""What `lint` and `typing` run finds the faults that they are there for."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from distributions import ROOT
+
+CLEAN = '"""A module."""\n\nfrom __future__ import annotations\n\n\ndef one(x: int) -> int:\n'
+CLEAN += '    """x and 1."""\n    return x + 1\n'
+
+
+def run(*command: str, cwd: Path) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        ("x + 1", "x  + 1", "Would reformat"),
+        ("import annotations\n", "import annotations\n\nimport os\n", "F401"),
+        ("    return", "    print(x)\n    return", "T201"),
+        ("    return", "    assert x\n    return", "S101"),
+        ("x: int", "input: int", "A002"),
+    ],
+)
+def test_lint(tmp_path: Path, old: str, new: str, rule: str) -> None:
+    shutil.copy(ROOT / ".ruff.toml", tmp_path)
+
+    def found() -> str:
+        results = (
+            run("ruff", "check", ".", cwd=tmp_path),
+            run("ruff", "format", "--check", ".", cwd=tmp_path),
+        )
+        return "".join(output for status, output in results if status)
+
+    path = tmp_path / "module.py"
+    path.write_text(CLEAN)
+    assert found() == ""
+    assert old in CLEAN
+    path.write_text(CLEAN.replace(old, new))
+    assert rule in found()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("x: int", "x", "missing a type annotation"),
+        ("-> int", "-> str", "Incompatible return value type"),
+        ("x: int", "x: list", "Missing type arguments"),
+    ],
+)
+def test_typing(tmp_path: Path, old: str, new: str, fault: str) -> None:
+    shutil.copy(ROOT / ".mypy.ini", tmp_path)
+    path = tmp_path / "module.py"
+    path.write_text(CLEAN)
+    assert run("mypy", str(path), cwd=tmp_path)[0] == 0
+    path.write_text(CLEAN.replace(old, new))
+    status, output = run("mypy", str(path), cwd=tmp_path)
+    assert status == 1
+    assert fault in output
+
+
+def test_public_names_without_types(tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    package = site / "wheel_of_ours"
+    package.mkdir()
+    (package / "py.typed").touch()
+    python = str(tmp_path / "venv" / "bin" / "python")
+    verify = (
+        str(Path(sysconfig.get_path("scripts")) / "pyright"),
+        "--pythonpath",
+        python,
+        "--ignoreexternal",
+        "--verifytypes",
+        "wheel_of_ours",
+    )
+    statuses = []
+    for text in (CLEAN, CLEAN.replace("x: int", "x")):
+        (package / "__init__.py").write_text(text)
+        done = subprocess.run(
+            verify, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        )
+        statuses.append(done.returncode)
+    assert statuses == [0, 1]
