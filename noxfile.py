@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nox
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
@@ -245,9 +246,8 @@ def run_at_bounds(session: nox.Session, package: str, *, except_for: set[str]) -
     pins = [pin for pin in pins if Requirement(pin).name != distributions.CORE]
     with tempfile.TemporaryDirectory() as folder:
         core = DISTRIBUTIONS[distributions.CORE]
-        for release in releases.released(ROOT, core.name):
-            if str(release.version) == bounds.get(core.name):
-                core = release.unpack(Path(folder))
+        if core.name in bounds and Version(core.version) != Version(bounds[core.name]):
+            core = releases.find(ROOT, core.name, bounds[core.name]).unpack(Path(folder))
         needed = [f"{core.name}[testing] @ {wheel(session, core).as_uri()}"]
         needed += [f"{package} @ {wheel(session, found).as_uri()}", *found.optional]
         # What is pinned twice cannot be installed, and torch pins much of the rest itself.

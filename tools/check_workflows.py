@@ -26,8 +26,8 @@ from selection import nox_list
 
 # Schemas that check-jsonschema brings along, and the files under .github that must fit.
 SCHEMAS = {
-    "vendor.github-workflows": "workflows/*.yml",
-    "custom.github-workflows-require-timeout": "workflows/*.yml",
+    "vendor.github-workflows": "workflows/*.y*ml",
+    "custom.github-workflows-require-timeout": "workflows/*.y*ml",
     "vendor.dependabot": "dependabot.yml",
     "vendor.github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml",
     "vendor.github-issue-config": "ISSUE_TEMPLATE/config.yml",
@@ -54,7 +54,7 @@ def schema_faults(folder: Path) -> Iterator[str]:
 def pin_faults(folder: Path) -> Iterator[str]:
     """A line for every action that is not pinned, or pinned in two ways."""
     pins: dict[str, str] = {}
-    for path in sorted(folder.glob("workflows/*.yml")):
+    for path in sorted(folder.glob("workflows/*.y*ml")):
         for action, comment in _USES.findall(path.read_text(encoding="utf-8")):
             if action.startswith("./"):
                 continue
@@ -83,6 +83,41 @@ def matrix_faults(root: Path) -> Iterator[str]:
     yield from (f"ci.yml runs {name} twice" for name in listed if found.count(name) > 1)
     if missing := set(jobs) - {"all-green"} - set(jobs["all-green"]["needs"]):
         yield f"ci.yml: all-green does not need {', '.join(sorted(missing))}"
+
+
+def wiring_faults(root: Path) -> Iterator[str]:
+    """Where a job does not do what its name and its place say."""
+    files = {
+        path.name: yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        for path in sorted((root / ".github" / "workflows").glob("*.y*ml"))
+    }
+    for file, jobs in files.items():
+        for name, job in jobs.items():
+            where = f"{file}: {name}"
+            if file != "gpu.yml" and job.get("runs-on") != "ubuntu-latest":
+                yield f"{where} runs on {job.get('runs-on')}, not on ubuntu-latest"
+            for step in (job, *job.get("steps", ())):
+                if "continue-on-error" in step:
+                    yield f"{where} goes on after an error"
+                options = step.get("with", {})
+                if "actions/checkout@" in step.get("uses", "") and options.get("fetch-depth") != 0:
+                    # Without its tags nothing is released, and every gate passes.
+                    yield f"{where} does not take the tags (fetch-depth: 0)"
+            matrix = job.get("strategy", {}).get("matrix", {})
+            last = job.get("steps", [{}])[-1].get("run", "")
+            if "session" in matrix and not re.fullmatch(r'nox .*-s "\$SESSION"|nox -s .*', last):
+                yield f"{where} does not end with its session but with {last!r}"
+    jobs = files["release.yml"]
+    for name in jobs.keys() - {"build", "gates"}:
+        if "gates" not in needed(jobs, name):
+            yield f"release.yml: {name} does not wait for the gates"
+
+
+def needed(jobs: dict[str, Any], name: str) -> set[str]:
+    """The jobs that a job waits for, directly or not."""
+    direct = jobs[name].get("needs", [])
+    names = {direct} if isinstance(direct, str) else set(direct)
+    return names.union(*(needed(jobs, other) for other in names))
 
 
 def plan(root: Path, job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -119,6 +154,7 @@ def check(root: Path, *, online: bool = False) -> Iterator[str]:
     yield from tool_faults(["zizmor", *where, "--pedantic", "--no-progress", "-q", str(folder)])
     yield from pin_faults(folder)
     yield from matrix_faults(root)
+    yield from wiring_faults(root)
     yield from form_faults(root)
 
 

@@ -11,12 +11,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 
-def parser(description: str | None, *, root: Path | None = None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser(description: str | None, *, root: Path | None = None) -> Parser:
     """A parser that shows a module's docstring as it is; `root` gives it the option --root."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    made = Parser(
+        Path(sys.argv[0]).stem,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if root is not None:
         made.add_argument(

@@ -6,13 +6,15 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from command import Parser
+from files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,13 +26,6 @@ Tick = Callable[[float], None]
 
 class DemoError(Exception):
     """What the user can mend, in one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def new_parser(page: str | None) -> Parser:
@@ -142,26 +137,13 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, dpi=150, format="png")
-    write(path, image.getvalue())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file that is whole or, if that fails, as it was before."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with new.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    write_whole(path, image.getvalue())
 
 
 def finish(plot: Path, out: Path, figures: Mapping[str, Any], start: float) -> None:
     """Writes the figures, and says where everything is; `start` is of `time.perf_counter`."""
     path = out / "figures.json"
-    write(path, json.dumps(figures, indent=2).encode())
+    write_whole(path, json.dumps(figures, indent=2))
     print(f"plot      {plot}")
     print(f"figures   {path}")
     print(f"time      {time.perf_counter() - start:.0f} s", flush=True)

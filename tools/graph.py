@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from distributions import Distribution
@@ -32,7 +33,8 @@ class Offer:
 def needed_by(distributions: Iterable[Distribution], changed: Collection[str]) -> set[str]:
     """The names in `changed`, and of every distribution that needs one of them."""
     needs = {
-        item.name: {Requirement(text).name for text in item.dependencies} for item in distributions
+        item.name: {canonicalize_name(Requirement(text).name) for text in item.dependencies}
+        for item in distributions
     }
     found: set[str] = set()
     more = set(changed)
@@ -58,13 +60,14 @@ def clashes(chosen: Iterable[Offer], others: Mapping[str, Collection[Version]]) 
     faults = []
     for offer in offers.values():
         for need in offer.needs:
-            if need.name in offers:
-                version = offers[need.name].version
+            name = canonicalize_name(need.name)
+            if name in offers:
+                version = offers[name].version
                 if not need.specifier.contains(version, prereleases=True):
-                    faults.append(f"{offer} needs {need}, which {need.name} {version} is not")
-            elif before := left.get(need.name, set()):
-                left[need.name] = set(need.specifier.filter(before, prereleases=True))
-                if not left[need.name]:
+                    faults.append(f"{offer} needs {need}, which {name} {version} is not")
+            elif before := left.get(name, set()):
+                left[name] = set(need.specifier.filter(before, prereleases=True))
+                if not left[name]:
                     faults.append(f"{offer} needs {need}, which nothing left for the others is")
     return faults
 

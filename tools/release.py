@@ -3,15 +3,17 @@
     python tools/release.py DIST BUMP [--write] [--no-gates] [--root FOLDER]
 
 BUMP is major, minor, patch, or a version such as 1.0.0. Everything is done in a clone, where the
-gates are those of a bare `nox`. Nothing changes here unless `--write` is given and they all pass:
-then the three files are committed and tagged <dist>-vX.Y.Z, and nothing is pushed. Refuses a tree
-with changes, an empty changelog section, and a tag that exists.
+gates are those of a bare `nox`, and for a package the lowest versions that it declares. Nothing
+changes here unless `--write` is given and they all pass: then the three files are committed and
+tagged <dist>-vX.Y.Z, and nothing is pushed. Refuses a tree with changes, an empty changelog
+section, and a tag that exists.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import changelog
 from command import parser, run, tell
-from distributions import ROOT, Distribution, discover
+from distributions import CORE, ROOT, Distribution, discover
 from files import write_whole
 from releases import git
 from sbom import FILE_NAME, bill_of_materials
@@ -35,6 +37,8 @@ def find(root: Path, name: str) -> Distribution:
 
 def prepare(distribution: Distribution, bump: str, date: str) -> list[Path]:
     """Write version, changelog and bill of materials; returns their paths."""
+    if not re.fullmatch(r"major|minor|patch|\d+\.\d+\.\d+", bump):
+        raise ValueError(f"{bump} is neither major, minor, patch nor a version X.Y.Z")
     if bump != distribution.version:
         command = [sys.executable, "-m", "hatchling", "version", bump]
         subprocess.run(
@@ -91,14 +95,15 @@ def release(root: Path, name: str, bump: str, *, write: bool, gates: Callable[[P
     return tag
 
 
-def run_gates(root: Path) -> None:
-    """Run a bare nox; raises ValueError where it fails."""
+def run_gates(root: Path, name: str) -> None:
+    """Run a bare nox, and a package with its lowest bounds; raises ValueError where one fails."""
     # What a session of nox hands down would change what this one does.
     environment = {name: text for name, text in os.environ.items() if not name.startswith("NOX")}
     tell("running every gate: this takes a quarter of an hour")
-    command = [sys.executable, "-m", "nox"]
-    if subprocess.run(command, cwd=root, env=environment, check=False).returncode:
-        raise ValueError("a gate has failed")
+    for session in ([], *([] if name == CORE else [["-s", f"lowest(package='{name}')"]])):
+        command = [sys.executable, "-m", "nox", *session]
+        if subprocess.run(command, cwd=root, env=environment, check=False).returncode:
+            raise ValueError("a gate has failed")
 
 
 def main() -> int:
@@ -110,7 +115,11 @@ def main() -> int:
     options = arguments.parse_args()
     if options.write and options.no_gates:
         raise ValueError("nothing is released without its gates: --write excludes --no-gates")
-    gates = (lambda _: None) if options.no_gates else run_gates
+
+    def gates(clone: Path) -> None:
+        if not options.no_gates:
+            run_gates(clone, options.dist)
+
     release(options.root, options.dist, options.bump, write=options.write, gates=gates)
     return 0
 

@@ -51,6 +51,14 @@ def released(root: Path, name: str) -> list[Release]:
     return sorted(Release(Version(match[1]), name, root) for match in found if match)
 
 
+def find(root: Path, name: str, version: str) -> Release:
+    """The release of a version, however it is written; raises ValueError where there is none."""
+    for release in released(root, name):
+        if release.version == Version(version):
+            return release
+    raise ValueError(f"{name} {version} was never released")
+
+
 def newest(root: Path, name: str) -> Release | None:
     return max(released(root, name), default=None)
 

@@ -4,8 +4,9 @@
 
 A change in a package needs its tests, those of what depends on it, and those of the tools, which
 run its demonstration. A change of a package's own tests or README needs its tests, which run the
-README's examples. What is written at the top and in .github for people to read needs none. Every
-other change needs them all, as everything is needed where no commit is named.
+README's examples; of its changelog none. What is written at the top and in .github for people to
+read needs the tests of the tools, which read it. Every other change needs them all, as everything
+is needed where no commit is named.
 """
 
 from __future__ import annotations
@@ -34,11 +35,17 @@ def selected(paths: Iterable[str], distributions: list[Distribution]) -> set[str
     for path in map(PurePosixPath, paths):
         within = path.parts[1:] if path.parts[0] == "packages" else path.parts
         if within[0] in everything - {TOOLS}:
-            if within[1:] == ("README.md",) or (within[0] != CORE and within[1:2] == ("tests",)):
+            if (
+                within[1:] == ("README.md",)
+                or within == (CORE, "CHANGELOG.md")
+                or (within[0] != CORE and within[1:2] == ("tests",))
+            ):
                 alone.add(within[0])
             elif within[1:] != ("CHANGELOG.md",):
                 changed |= {TOOLS, within[0]}
-        elif path.suffix != ".md" or path.parts[0] not in (path.name, ".github"):
+        elif path.suffix == ".md" and path.parts[0] in (path.name, ".github"):
+            alone.add(TOOLS)
+        else:
             return everything
     return alone | needed_by(distributions, changed)
 

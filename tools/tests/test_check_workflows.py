@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from check_workflows import form_faults, matrix_faults, pin_faults, schema_faults, tool_faults
+from check_workflows import (
+    form_faults,
+    matrix_faults,
+    pin_faults,
+    schema_faults,
+    tool_faults,
+    wiring_faults,
+)
 from distributions import ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -40,7 +47,7 @@ CI = ".github/workflows/ci.yml"
 def test_ours_fit_their_schemas_and_pins_and_matrix() -> None:
     folder = ROOT / ".github"
     assert [*schema_faults(folder), *pin_faults(folder), *form_faults(ROOT)] == []
-    assert list(matrix_faults(ROOT)) == []
+    assert [*matrix_faults(ROOT), *wiring_faults(ROOT)] == []
 
 
 def test_files_that_do_not_fit_their_schemas(root: Path) -> None:
@@ -117,6 +124,32 @@ def test_a_matrix_that_is_not_what_nox_runs(
     found = list(matrix_faults(root))
     for fault in faults:
         assert any(fault in line for line in found), found
+
+
+RELEASE = ".github/workflows/release.yml"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "fault"),
+    [
+        (CI, "runs-on: ubuntu-latest", "runs-on: gpu", "ci.yml: plan runs on gpu"),
+        (CI, "          fetch-depth: 0\n", "", "ci.yml: plan does not take the tags"),
+        (CI, '-s "$SESSION"', '-s "$SESSION" || true', "ci.yml: tests does not end with its"),
+        (
+            CI,
+            "    timeout-minutes: 30\n",
+            "    timeout-minutes: 30\n    continue-on-error: true\n",
+            "ci.yml: tests goes on after an error",
+        ),
+        (RELEASE, "needs: [build, gates]", "needs: [build]", "attest does not wait for the gates"),
+    ],
+)
+def test_a_job_that_does_not_do_what_it_should(
+    root: Path, file: str, old: str, new: str, fault: str
+) -> None:
+    edit(root, file, old, new)
+    found = list(wiring_faults(root))
+    assert any(fault in line for line in found), found
 
 
 def test_a_plan_that_fails(root: Path) -> None:

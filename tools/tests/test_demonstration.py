@@ -80,23 +80,6 @@ def test_without_a_terminal_progress_is_a_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"{demonstration.INDENT}learns ...\n"
 
 
-@pytest.mark.parametrize(("owner", "name"), [(demonstration.os, "fsync"), (Path, "replace")])
-def test_a_file_is_whole_or_as_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
-) -> None:
-    path = tmp_path / "figures.json"
-    demonstration.write(path, b"first")
-
-    def fail(*_: object) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(owner, name, fail)
-    with pytest.raises(OSError, match="no space"):
-        demonstration.write(path, b"second")
-    assert path.read_bytes() == b"first"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_the_end_says_where_everything_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,6 +129,11 @@ def test_a_name_that_is_none_is_refused(ready: Repository) -> None:
     refused(ready, "there is no distribution c-three; there are shared-core, a-one", "c-three")
 
 
+@pytest.mark.parametrize("bump", ["rc", "dev", "1.1", "2.0.0rc1", "huge"])
+def test_a_version_without_a_tag_of_its_own_is_refused(ready: Repository, bump: str) -> None:
+    refused(ready, f"^{bump} is neither major, minor, patch nor a version", bump=bump)
+
+
 def test_a_version_that_is_lower_is_refused(ready: Repository) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         release.release(ready.root, "a-one", "0.9.0", write=True, gates=Gates())
@@ -153,10 +158,28 @@ def test_the_gates_are_a_bare_nox(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("NOXSESSION", "nothing")
     text = "import nox\n\nnox.options.default_venv_backend = 'none'\n\n\n@nox.session\n"
     (tmp_path / "noxfile.py").write_text(f"{text}def one(session):\n    pass\n")
-    release.run_gates(tmp_path)
+    release.run_gates(tmp_path, "shared-core")
     (tmp_path / "noxfile.py").write_text(f"{text}def one(session):\n    session.error('no')\n")
     with pytest.raises(ValueError, match=r"^a gate has failed$"):
-        release.run_gates(tmp_path)
+        release.run_gates(tmp_path, "shared-core")
+    # A package must also work with the lowest versions that it declares.
+    lowest = f"""{text}def one(session):
+    pass
+
+
+nox.options.sessions = ["one"]
+
+
+@nox.session
+@nox.parametrize("package", ["a-one"])
+def lowest(session, package):
+"""
+    (tmp_path / "noxfile.py").write_text(f"{lowest}    pass\n")
+    release.run_gates(tmp_path, "a-one")
+    (tmp_path / "noxfile.py").write_text(f"{lowest}    session.error('no')\n")
+    release.run_gates(tmp_path, "shared-core")
+    with pytest.raises(ValueError, match=r"^a gate has failed$"):
+        release.run_gates(tmp_path, "a-one")
 
 
 def test_the_command_line(ready: Repository) -> None:

@@ -47,10 +47,13 @@ def four(shared_repository: Repository) -> Repository:
         ([".github/workflows/ci.yml"], EVERYTHING),
         # A package that is gone.
         (["packages/d-four/pyproject.toml"], EVERYTHING),
-        (["README.md", ".github/CONTRIBUTING.md", "packages/a-one/CHANGELOG.md"], set()),
+        (["packages/a-one/CHANGELOG.md"], set()),
+        (["README.md"], {"tools"}),
+        ([".github/CONTRIBUTING.md"], {"tools"}),
+        (["shared-core/CHANGELOG.md"], {"shared-core"}),
         # Its tests run the examples in it.
         (["packages/b-two/README.md"], {"b-two"}),
-        (["README.md", "packages/a-one/tests/test_x.py"], {"a-one"}),
+        (["packages/b-two/CHANGELOG.md", "packages/a-one/tests/test_x.py"], {"a-one"}),
         (["packages/a-one/src/a_one/model.py", "LICENSE"], EVERYTHING),
     ],
 )
