@@ -279,6 +279,29 @@ def test_lower_bounds_are_installed_and_not_constrained(
     assert not names & {"einops", "rotary-embedding-torch"}
 
 
+@pytest.mark.parametrize(("bound", "asked"), [("1.0", []), ("1.0.0", []), ("0.9", ["0.9"])])
+def test_the_lower_bound_of_the_core_is_a_release(
+    noxfile: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bound: str,
+    asked: list[str],
+) -> None:
+    """A package that uses what came later than its bound must not be tested with what is here."""
+    core, found = noxfile.DISTRIBUTIONS[CORE], []
+
+    def find(root: Path, name: str, version: str) -> Any:
+        found.append(version)
+        assert (root, name) == (ROOT, CORE)
+        return SimpleNamespace(unpack=lambda _: core)
+
+    monkeypatch.setattr(noxfile.graph, "lowest", lambda _: [f"{CORE}=={bound}", "torch==2.5"])
+    monkeypatch.setattr(noxfile.releases, "find", find)
+    monkeypatch.setattr(type(core), "version", "1.0.0")
+    bounds(noxfile, monkeypatch, tmp_path, {"torch"})
+    assert found == asked
+
+
 def test_the_lower_bound_of_torch_alone(
     noxfile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
