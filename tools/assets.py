@@ -1,4 +1,4 @@
-"""Make the files of a release from its tag.
+"""Make the files of a release from what is checked out at its tag.
 
     python tools/assets.py TAG --url URL --out FOLDER [--core FOLDER] [--root FOLDER]
 

@@ -34,6 +34,29 @@ def breaks(before: Distribution, now: Distribution) -> Iterator[str]:
             named = " -> ".join(dict.fromkeys(str(value) for value in values if value))
             details = f" ({named})" if named and fault.obj.name != named else ""
             yield f"{fault.obj.canonical_path}: {fault.kind.value.lower()}{details}"
+    fields = _fields(new)
+    for path, names in _fields(old).items():
+        # They are unpacked, so that one more is a break, too.
+        if names != fields.get(path, names):
+            yield f"{path}: its fields were {', '.join(names)}"
+
+
+def _fields(module: griffe.Module) -> dict[str, list[str]]:
+    """The fields, in their order, of every public class that is a NamedTuple."""
+    found: dict[str, list[str]] = {}
+    for inner in _modules(module):
+        for name in map(str, inner.exports or ()):
+            if not _leads_somewhere(inner, name):
+                continue
+            member = inner.members[name]
+            target = member.final_target if isinstance(member, griffe.Alias) else member
+            if isinstance(target, griffe.Class) and "NamedTuple" in map(str, target.bases):
+                found[f"{inner.path}.{name}"] = [
+                    field
+                    for field, value in target.members.items()
+                    if isinstance(value, griffe.Attribute) and value.annotation is not None
+                ]
+    return found
 
 
 def _missing(old: griffe.Module, new: griffe.Module) -> Iterator[tuple[str, str]]:

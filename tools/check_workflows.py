@@ -32,6 +32,19 @@ SCHEMAS = {
     "vendor.github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml",
     "vendor.github-issue-config": "ISSUE_TEMPLATE/config.yml",
 }
+# What the gates of a release run, and on what the jobs after them depend.
+GATES = (
+    'git tag --delete "$TAG"',
+    "nox",
+    "nox -s \"lowest(package='${TAG%-v*}')\"",
+)
+RELEASED = {
+    "gates": None,
+    "attest": None,
+    "publish": "contains(fromJSON(vars.PUBLISH || '[]'), needs.build.outputs.name)",
+}
+# Of a package alone: the core has no lower bound of ours, and needs no released core.
+CONDITIONAL = (GATES[2],)
 _USES = re.compile(r"^\s*(?:- )?uses:\s*(\S+)(.*)$", re.MULTILINE)
 _PINNED = re.compile(r"[\w./-]+@[0-9a-f]{40}")
 _VERSION = re.compile(r" # v\d+\.\d+\.\d+")
@@ -105,12 +118,26 @@ def wiring_faults(root: Path) -> Iterator[str]:
                     yield f"{where} does not take the tags (fetch-depth: 0)"
             matrix = job.get("strategy", {}).get("matrix", {})
             last = job.get("steps", [{}])[-1].get("run", "")
-            if "session" in matrix and not re.fullmatch(r'nox .*-s "\$SESSION"|nox -s .*', last):
+            if "session" in matrix and not re.fullmatch(r'nox .*-s "\$SESSION"', last):
                 yield f"{where} does not end with its session but with {last!r}"
+            gate = file == "ci.yml" or (file, name) == ("release.yml", "gates")
+            steps = job.get("steps", ()) if gate else ()
+            if any("if" in step for step in steps if step.get("run") not in CONDITIONAL):
+                yield f"{where} leaves out a step"
+    yield from _conditions(files["ci.yml"], "ci.yml", {"plan": None, "static": None})
     jobs = files["release.yml"]
+    yield from _conditions(jobs, "release.yml", RELEASED)
     for name in jobs.keys() - {"build", "gates"}:
         if "gates" not in needed(jobs, name):
             yield f"release.yml: {name} does not wait for the gates"
+    runs = [step.get("run") for step in jobs["gates"]["steps"]]
+    yield from (f"release.yml: the gates do not run {one}" for one in GATES if one not in runs)
+
+
+def _conditions(jobs: dict[str, Any], file: str, wanted: dict[str, str | None]) -> Iterator[str]:
+    for name, condition in wanted.items():
+        if (found := jobs[name].get("if")) != condition:
+            yield f"{file}: {name} runs if {found}, not if {condition}"
 
 
 def needed(jobs: dict[str, Any], name: str) -> set[str]:
@@ -149,7 +176,10 @@ def form_faults(root: Path) -> Iterator[str]:
 def check(root: Path, *, online: bool = False) -> Iterator[str]:
     """A line for every fault."""
     folder = root / ".github"
-    yield from schema_faults(folder)
+    if faults := list(schema_faults(folder)):
+        # What does not fit cannot be read further.
+        yield from faults
+        return
     where = [] if online else ["--offline"]
     yield from tool_faults(["zizmor", *where, "--pedantic", "--no-progress", "-q", str(folder)])
     yield from pin_faults(folder)

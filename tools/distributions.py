@@ -52,8 +52,9 @@ class Distribution:
 def discover(root: Path = ROOT) -> list[Distribution]:
     """shared-core and everything under packages/ that has a pyproject.toml, by name.
 
-    Raises ValueError where there is none, for a pyproject.toml without name or license, and where a
-    folder and the distribution in it bear different names.
+    Raises ValueError where there is none, for a pyproject.toml without name or license, where a
+    folder and the distribution in it bear different names, and for the name of a dependency that is
+    not written as everywhere else.
     """
     folders = [root / CORE, *sorted((root / "packages").glob("*"))]
     found = [_read(folder) for folder in folders if (folder / "pyproject.toml").is_file()]
@@ -71,6 +72,10 @@ def _read(folder: Path) -> Distribution:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
     if name != folder.name:
         raise ValueError(f"the folder {folder.name} holds a distribution named {name}")
+    for needed in project.get("dependencies", ()):
+        written = re.match(r"[\w.-]+", needed)
+        if written is None or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", written[0]):
+            raise ValueError(f"{path}: write the name in {needed!r} in lower case and with hyphens")
     extras = project.get("optional-dependencies", {}).values()
     optional = tuple(needed for extra in extras for needed in extra)
     return Distribution(name, folder, tuple(project.get("dependencies", ())), optional, licence)

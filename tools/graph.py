@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from distributions import Distribution
@@ -33,8 +32,7 @@ class Offer:
 def needed_by(distributions: Iterable[Distribution], changed: Collection[str]) -> set[str]:
     """The names in `changed`, and of every distribution that needs one of them."""
     needs = {
-        item.name: {canonicalize_name(Requirement(text).name) for text in item.dependencies}
-        for item in distributions
+        item.name: {Requirement(text).name for text in item.dependencies} for item in distributions
     }
     found: set[str] = set()
     more = set(changed)
@@ -60,7 +58,7 @@ def clashes(chosen: Iterable[Offer], others: Mapping[str, Collection[Version]]) 
     faults = []
     for offer in offers.values():
         for need in offer.needs:
-            name = canonicalize_name(need.name)
+            name = need.name
             if name in offers:
                 version = offers[name].version
                 if not need.specifier.contains(version, prereleases=True):

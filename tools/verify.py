@@ -3,8 +3,8 @@
     python tools/verify.py MANIFEST [--python PATH]
 
 MANIFEST is a release's lock file or its SHA256SUMS. For every wheel in it the environment of that
-Python must have the version, installed from those bytes as the installer wrote down, and every file
-must be as it came.
+Python must have the version, installed from those bytes, and every file as the installer wrote it
+down. That finds what was mixed up or damaged, not what somebody hides who rewrites that, too.
 """
 
 from __future__ import annotations

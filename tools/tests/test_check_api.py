@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from conftest import Repository
 
 BEFORE = """
-from .inside import Shape as Shape, area as area
+from .inside import Place as Place, Shape as Shape, area as area
 
-__all__ = ["Shape", "area"]
+__all__ = ["Place", "Shape", "area"]
 """
 INSIDE = """
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    x: int
+    y: int
+
+    def far(self) -> int:
+        return self.x + self.y
+
+
 class Shape:
     def __init__(self, n: int, m: int = 1, *, k: int = 2) -> None:
         self.n = n
@@ -71,6 +82,8 @@ def root(folder: Path) -> Path:
         ("def grow", "def shrink", "Shape.grow: public object was removed"),
         ("by: int", "by: int, at: int", "Shape.grow: parameter was added as required (at)"),
         ("def area(", "def volume(", "area: leads nowhere"),
+        ("    y: int\n", "    y: int\n    z: int = 0\n", "Place: its fields were x, y"),
+        ("    x: int\n    y: int\n", "    y: int\n    x: int\n", "Place: its fields were x, y"),
         ("class Shape:", "def Shape(n: int):", "Shape: public object points to a different kind"),
     ],
 )
@@ -99,6 +112,7 @@ def test_a_name_that_is_no_longer_exported(shapes: Path) -> None:
         ("def _inner(self) -> None: ...", "def more(self) -> None: ..."),
         ("return 1.0", "return 2.0"),
         ("by: int", "by: float"),
+        ("def far(", "def near(self) -> int: ...\n\n    def far("),
     ],
 )
 def test_what_adds_or_is_internal_is_no_break(shapes: Path, old: str, new: str) -> None:

@@ -141,6 +141,33 @@ RELEASE = ".github/workflows/release.yml"
             "    timeout-minutes: 30\n    continue-on-error: true\n",
             "ci.yml: tests goes on after an error",
         ),
+        (
+            ".github/workflows/nightly.yml",
+            'run: nox -s "$SESSION"',
+            "run: nox -s lint",
+            "nightly.yml: nightly does not end with its session",
+        ),
+        (CI, "  static:\n", "  static:\n    if: false\n", "ci.yml: static runs if False"),
+        (
+            CI,
+            "      - run: nox -s",
+            "      - if: false\n        run: nox -s",
+            "static leaves out a",
+        ),
+        (RELEASE, "      - run: nox\n", "      - run: echo\n", "the gates do not run nox"),
+        (RELEASE, '      - run: git tag --delete "$TAG"\n', "", "the gates do not run git tag"),
+        (
+            RELEASE,
+            "    needs: [build, gates]\n",
+            "    needs: [build, gates]\n    if: ${{ !cancelled() }}\n",
+            "release.yml: attest runs if ${{ !cancelled() }}",
+        ),
+        (
+            RELEASE,
+            "if: contains(fromJSON(vars.PUBLISH || '[]'), needs.build.outputs.name)",
+            "if: true",
+            "publish runs if True",
+        ),
         (RELEASE, "needs: [build, gates]", "needs: [build]", "attest does not wait for the gates"),
     ],
 )

@@ -35,6 +35,15 @@ def test_refuses_a_folder_with_another_name(repository: Repository) -> None:
         discover(repository.root)
 
 
+@pytest.mark.parametrize("name", ["shared_core", "Shared-Core", "shared.core", ">=1"])
+def test_a_dependency_is_written_in_one_way(repository: Repository, name: str) -> None:
+    project = repository.add("one") / "pyproject.toml"
+    text = project.read_text()
+    project.write_text(text.replace("dependencies = []", f'dependencies = ["{name}>=1.0"]'))
+    with pytest.raises(ValueError, match="in lower case and with hyphens"):
+        discover(repository.root)
+
+
 def test_a_folder_without_any(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^there is no distribution in .*"):
         discover(tmp_path)
