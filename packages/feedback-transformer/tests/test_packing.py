@@ -154,6 +154,28 @@ def test_a_change_is_seen_through_autocast_and_inference_mode(model: FeedbackTra
         assert not torch.equal(model(x), before)
 
 
+def test_marks_are_those_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what is cast or laid out anew for a call, whose version and address tell nothing."""
+    model = FeedbackTransformer(**WIDE, shared_kv=False)
+    sources = []
+    pack = packing.Packs.pack
+
+    def spied(
+        self: packing.Packs, name: str, weight: Tensor, source: Tensor, *rest: Any, half: bool
+    ) -> Any:
+        sources.append((source.untyped_storage().data_ptr(), source._version))
+        return pack(self, name, weight, source, *rest, half=half)
+
+    monkeypatch.setattr(packing.Packs, "pack", spied)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for p in model.parameters():
+            p.mul_(1.0)
+        model(tokens(24))
+        model.generate(tokens(24), 3)
+    assert sources
+    assert set(sources) <= {(p.data_ptr(), p._version) for p in model.parameters()}
+
+
 def test_weights_that_were_made_in_inference_mode(model: FeedbackTransformer) -> None:
     """They have no version: the sums tell."""
     x = tokens(24)
