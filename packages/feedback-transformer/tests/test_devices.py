@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,78 @@ def _train_and_generate(x: Tensor, blocks: tuple[str, ...]) -> list[tuple[Tensor
             optimizer.step()
             optimizer.zero_grad()
     return found
+
+
+@pytest.mark.parametrize("blocks", [(), ("layers.0", "layers.1", "to_kv")])
+def test_trains_on_after_a_look_without_gradients(blocks: tuple[str, ...]) -> None:
+    """Between backward pass and step: what was gathered for it would be the weights ever after."""
+    from shared_core.testing import run_ranks
+
+    x = tokens(6, torch.device("cpu"))
+    for name, found, expected in run_ranks(_look_and_train, 1, x, blocks, timeout=120.0)[0]:
+        torch.testing.assert_close(found, expected, msg=lambda words, name=name: f"{name}: {words}")
+
+
+def _look_and_train(x: Tensor, blocks: tuple[str, ...]) -> list[tuple[str, Tensor, Tensor]]:
+    from torch.distributed.fsdp import fully_shard
+
+    def closed_early(model: FeedbackTransformer) -> None:
+        tokens = model.stream(x, 8, temperature=0)
+        next(tokens)
+        tokens.close()
+
+    def never_begun(model: FeedbackTransformer) -> None:
+        model.stream(x, 8, temperature=0)
+
+    def failing(model: FeedbackTransformer) -> None:
+        with pytest.raises(ValueError, match="temperature"):
+            model.generate(x, 8, temperature=-1.0)
+
+    def forward(model: FeedbackTransformer) -> None:
+        with torch.no_grad():
+            model(x)
+
+    looks: list[Callable[[FeedbackTransformer], Any]] = [
+        lambda model: model.generate(x, 8, temperature=0),
+        lambda model: [*model.stream(x, 8, temperature=0)],
+        closed_early,
+        never_begun,
+        failing,
+        forward,
+    ]
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    found = []
+    for look in looks:
+        for before in (False, True):
+            losses = []
+            for sharded in (True, False):
+                model = build()
+                if sharded:
+                    for name in blocks:
+                        fully_shard(model.get_submodule(name), mesh=mesh)
+                    # Of the root FSDP2 itself keeps the weights, if it is not told otherwise.
+                    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+                optimizer = torch.optim.SGD(model.parameters(), 0.5)
+                own = []
+                for _ in range(3):
+                    loss = model(x).square().mean()
+                    if before:
+                        look(model)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    look(model)
+                    optimizer.step()
+                    own.append(loss.detach())
+                losses.append(torch.stack(own))
+            found.append((f"{look.__name__}, {before}", *losses))
+    return found
+
+
+def test_embeddings_stay_on_their_device(device: torch.device) -> None:
+    """The model casts them under autocast, and moves nothing unasked."""
+    x = torch.zeros(1, 3, 12, dtype=torch.bfloat16, device=device)
+    found = build().to("meta")._embed(x, None)
+    assert (found.device, found.dtype) == (x.device, torch.float32)
 
 
 def build_pairs() -> nn.Module:

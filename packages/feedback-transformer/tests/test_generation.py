@@ -93,7 +93,7 @@ def test_goes_on_from_a_memory(kit: Any, changes: dict[str, Any], before: int) -
 
 @pytest.mark.parametrize("seq_len", [1, 2])
 def test_shorter_prompts_are_padded_in_front(kit: Any, seq_len: int) -> None:
-    """By whole segments, that is: a row goes on as it does alone."""
+    """By whole segments: a row goes on as it does alone."""
     model = kit.make(seq_len=seq_len)
     x = kit.tokens(2, 6)
     mask = torch.ones(2, 6, dtype=torch.bool, device=kit.device)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from feedback_transformer import FeedbackTransformer, packing
 
@@ -76,6 +77,18 @@ def by_moving(model: FeedbackTransformer) -> None:
     model.float()
 
 
+def by_identity_rolled(model: FeedbackTransformer) -> None:
+    """All sums of all rows and columns stay."""
+    with torch.no_grad():
+        weight = model.layers[0].to_q.weight
+        weight.copy_(weight.roll(8, 1))
+
+
+def by_identity_assigned(model: FeedbackTransformer) -> None:
+    weight = model.layers[0].to_q.weight
+    weight.data = weight.data.roll(8, 1)
+
+
 CHANGES = [
     by_optimiser,
     by_data,
@@ -85,6 +98,8 @@ CHANGES = [
     by_loading,
     by_assigning,
     by_moving,
+    by_identity_rolled,
+    by_identity_assigned,
 ]
 
 
@@ -93,6 +108,8 @@ def test_a_change_of_weights_is_seen(
     model: FeedbackTransformer, change: Callable[[FeedbackTransformer], None]
 ) -> None:
     x = tokens(24)
+    if change in (by_identity_rolled, by_identity_assigned):
+        nn.init.eye_(model.layers[0].to_q.weight)
     with torch.no_grad():
         before = model(x)
         model.generate(x, 3)
@@ -122,13 +139,134 @@ def test_weights_are_packed_once_while_they_stay(
     if packing.can_pack(model.to_kv.weight, 2):
         assert kept
         assert made
-        # A short call has them, too, where they are there.
-        made.clear()
-        with torch.no_grad():
-            model(x[:, :2])
-        assert made
     model(x)
     assert not model._packs._kept
+
+
+def test_a_change_is_seen_through_autocast_and_inference_mode(model: FeedbackTransformer) -> None:
+    x = tokens(24)
+    for layer in model.layers:
+        nn.init.eye_(layer.to_q.weight)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        by_identity_rolled(model)
+        assert torch.equal(model(x), fresh(model)(x))
+        assert not torch.equal(model(x), before)
+
+
+def test_marks_are_those_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what is cast or laid out anew for a call, whose version and address tell nothing."""
+    model = FeedbackTransformer(**WIDE, shared_kv=False)
+    sources = []
+    pack = packing.Packs.pack
+
+    def spied(
+        self: packing.Packs, name: str, weight: Tensor, source: Tensor, *rest: Any, half: bool
+    ) -> Any:
+        sources.append((source.untyped_storage().data_ptr(), source._version))
+        return pack(self, name, weight, source, *rest, half=half)
+
+    monkeypatch.setattr(packing.Packs, "pack", spied)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for p in model.parameters():
+            p.mul_(1.0)
+        model(tokens(24))
+        model.generate(tokens(24), 3)
+    assert sources
+    assert set(sources) <= {(p.data_ptr(), p._version) for p in model.parameters()}
+
+
+def test_weights_that_were_made_in_inference_mode(model: FeedbackTransformer) -> None:
+    """They have no version: the sums tell."""
+    x = tokens(24)
+    with torch.inference_mode():
+        other = fresh(model)
+        assert torch.equal(other(x), model(x))
+        kept = dict(other._packs._kept)
+        other(x)
+        assert all(other._packs._kept[name] is entry for name, entry in kept.items())
+        by_one_number(other)
+        assert torch.equal(other(x), fresh(other)(x))
+
+
+def test_weights_that_are_views_of_one_vector(model: FeedbackTransformer) -> None:
+    """They begin anywhere in it, where bits cannot always be summed."""
+    x = tokens(24)
+    with torch.no_grad():
+        expected = model(x), model.generate(x, 3, temperature=0)
+        vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
+        assert model.to_kv.weight.storage_offset() % 2
+        for _ in range(2):
+            assert torch.equal(model(x), expected[0])
+            assert torch.equal(model.generate(x, 3, temperature=0), expected[1])
+            by_data(model)
+            expected = fresh(model)(x), fresh(model).generate(x, 3, temperature=0)
+
+
+def test_a_call_gives_the_same_after_any_other(
+    model: FeedbackTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from feedback_transformer import generation, layout
+
+    for module, name in ((generation, "MANY"), (layout, "FEWEST_HALF")):
+        monkeypatch.setattr(module, name, 20)
+    calls = [
+        lambda: model(tokens(2)),
+        lambda: model(tokens(24)),
+        lambda: model(tokens(60)),
+        lambda: model.generate(tokens(2), 19, temperature=0),
+        lambda: model.generate(tokens(2), 20, temperature=0),
+    ]
+    with torch.no_grad():
+        expected = []
+        for call in calls:
+            model._packs.clear()
+            expected.append(call())
+        for first in calls:
+            for call, alone in zip(calls, expected, strict=True):
+                first()
+                assert torch.equal(call(), alone)
+                # One kind of each weight at a time.
+                assert not any("Packed" in name for name in model._packs._kept)
+
+
+def test_a_model_that_moves_keeps_nothing(model: FeedbackTransformer) -> None:
+    whole = nn.Sequential(model)
+    for move in (lambda: model.to("meta"), whole.float, whole.bfloat16):
+        model.to_empty(device="cpu")
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        with torch.no_grad():
+            model(tokens(24))
+        assert model._packs._kept or not packing.can_pack(model.to_kv.weight, 2)
+        assert move() is not None
+        assert not model._packs._kept
+
+
+def test_another_thread_may_drop_what_is_kept(
+    model: FeedbackTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two looks at it."""
+    x = tokens(24)
+    with torch.no_grad():
+        expected = model(x)
+        marks = packing._Marks.of
+
+        def dropping(weight: Tensor, source: Tensor) -> Any:
+            model._packs.clear()
+            return marks(weight, source)
+
+        same = packing._Marks.same
+
+        def dropping_too(ours: Any, theirs: Any) -> bool:
+            model._packs.clear()
+            return same(ours, theirs) and False
+
+        monkeypatch.setattr(packing._Marks, "of", staticmethod(dropping))
+        assert torch.equal(model(x), expected)
+        monkeypatch.setattr(packing._Marks, "of", staticmethod(marks))
+        monkeypatch.setattr(packing._Marks, "same", dropping_too)
+        assert torch.equal(model(x), expected)
 
 
 def _counted(call: Any, made: list[int]) -> Any:

@@ -31,7 +31,7 @@ FEWEST_SEGMENTS = 2
 """With gradients a single segment is faster by `run_plain`."""
 
 
-def can_fuse(x: Tensor, weights: Weights, window: Window, segments: int) -> bool:
+def can_fuse(x: Tensor, weights: Weights, table: Tensor, window: Window, segments: int) -> bool:
     """Whether this file computes what `run_plain` does, here and now, and faster."""
     if torch.compiler.is_compiling() or weights.context is not None or x.numel() == 0:
         return False
@@ -39,7 +39,7 @@ def can_fuse(x: Tensor, weights: Weights, window: Window, segments: int) -> bool
         return False
     matrices = (matrix(y) for layer in weights.layers for y in layer)
     others = (matrix(weights.key_value), weights.mix, *(weights.memory_norm or ()))
-    return x.device.type != "meta" and not transformed(x, *matrices, *others, *window)
+    return x.device.type != "meta" and not transformed(x, table, *matrices, *others, *window)
 
 
 def run_fused(

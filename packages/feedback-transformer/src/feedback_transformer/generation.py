@@ -121,5 +121,5 @@ class Stepper:
 
     def _place(self, name: str, weight: Tensor, rows: int, dtype: torch.dtype) -> Matrix:
         """A matrix for so many rows of a type."""
-        placed = self._packs.pack(name, weight, rows, often=True, half=self._length >= MANY)
+        placed = self._packs.pack(name, weight, weight, rows, half=self._length >= MANY)
         return placed.to(dtype) if isinstance(placed, Tensor) else placed

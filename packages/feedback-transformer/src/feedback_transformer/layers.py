@@ -20,11 +20,14 @@ class CrossAttention(nn.Module):
         self.to_kv: nn.Linear = nn.Linear(dim_context, 2 * inner, bias=False)
         self.to_out: nn.Linear = nn.Linear(inner, dim)
 
-    def weights(self) -> ContextWeights:
-        """The parameters, in the order of their use; TypeError for another kind of part."""
-        check_part("cross.norm", self.norm, nn.LayerNorm)
+    def weights(self, place: str) -> ContextWeights:
+        """The parameters, in the order of their use; TypeError for another kind of part.
+
+        `place` is its name in the model, for messages.
+        """
+        check_part(f"{place}.norm", self.norm, nn.LayerNorm)
         for name in ("to_q", "to_kv", "to_out"):
-            check_part(f"cross.{name}", getattr(self, name), nn.Linear)
+            check_part(f"{place}.{name}", getattr(self, name), nn.Linear)
         return ContextWeights(
             self.norm.weight,
             self.norm.bias,
@@ -52,12 +55,12 @@ class Layer(nn.Module):
         self.ff_norm: nn.LayerNorm = nn.LayerNorm(dim)
         self.ff: FeedForward = FeedForward(dim, dropout=ff_dropout, gated=True)
 
-    def weights(self) -> LayerWeights:
+    def weights(self, place: str) -> LayerWeights:
         """The parameters, in the order of their use, but for those to a context.
 
-        Raises TypeError for another kind of part.
+        `place` is its name in the model, for messages. Raises TypeError for another kind of part.
         """
-        check_part("ff", self.ff, FeedForward)
+        check_part(f"{place}.ff", self.ff, FeedForward)
         for name, part, kind in (
             ("attn_norm", self.attn_norm, nn.LayerNorm),
             ("to_q", self.to_q, nn.Linear),
@@ -66,7 +69,7 @@ class Layer(nn.Module):
             ("ff.inner", self.ff.inner, nn.Linear),
             ("ff.outer", self.ff.outer, nn.Linear),
         ):
-            check_part(name, part, kind)
+            check_part(f"{place}.{name}", part, kind)
         return LayerWeights(
             self.attn_norm.weight,
             self.attn_norm.bias,

@@ -105,24 +105,25 @@ def lay_out(
     rows = sizes.seq_len * shape.rows
     by_group = key_value.view(g, 2, h, e, -1)
 
-    def place(name: str, weight: Tensor) -> Matrix:
+    def place(name: str, weight: Tensor, source: Tensor) -> Matrix:
         weight = weight.detach().to(shape.matrix_dtype)
         weight = weight.t() if transposed else weight
-        often = shape.segments >= (FEWEST_BACK if transposed else FEWEST)
-        if packs is not None:
-            half = shape.segments >= FEWEST_HALF
-            return packs.pack(name, weight, rows, often=often, half=half)
-        return pack(weight, rows) if often else weight
+        # Fewer never take what others have kept: a call gives the same after any other.
+        if shape.segments < (FEWEST_BACK if transposed else FEWEST):
+            return weight
+        if packs is None:
+            return pack(weight, rows)
+        return packs.pack(name, weight, source, rows, half=shape.segments >= FEWEST_HALF)
 
-    slot = place("slot", by_group.permute(2, 0, 1, 3, 4).flatten(0, 3))
+    slot = place("slot", by_group.permute(2, 0, 1, 3, 4).flatten(0, 3), key_value)
     own: tuple[Matrix, ...] = (slot,)
     if g > 1:
         parts = (group.transpose(0, 1).flatten(0, 2) for group in by_group)
-        own = tuple(place(f"own {i}", part) for i, part in enumerate(parts))
+        own = tuple(place(f"own {i}", part, key_value) for i, part in enumerate(parts))
 
     def each(name: str) -> tuple[Matrix, ...]:
         weights = (matrix(getattr(layer, name)) for layer in layers)
-        return tuple(place(f"{name} {i}", weight) for i, weight in enumerate(weights))
+        return tuple(place(f"{name} {i}", weight, weight) for i, weight in enumerate(weights))
 
     return Matrices(
         each("query"),

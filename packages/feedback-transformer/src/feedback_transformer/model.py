@@ -6,7 +6,8 @@ layers share theirs, else as many as layers).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ from feedback_transformer.layers import Layer
 from feedback_transformer.legacy import KEY_MAP, check_legacy_options, run_legacy
 from feedback_transformer.packing import Packs
 from feedback_transformer.sequence import Run
+from feedback_transformer.sharding import gather, shard
 from feedback_transformer.state import Memory, as_memory
-from feedback_transformer.weights import ContextWeights, Sizes, Weights
+from feedback_transformer.weights import ContextWeights, LayerWeights, Sizes, Weights
 from feedback_transformer.window import Window
 from shared_core import RelativePositionBias, generate, register_key_map, stream
 
@@ -187,26 +189,23 @@ class FeedbackTransformer(nn.Module):
                 checkpoint_every=checkpoint_every is None,
                 solver=solver == "sequential",
             )
-        self._gather()
-        states = self._embed(x, mask)
-        weights, sizes = self._weights(), self._sizes()
-        if self.legacy:
-            states, left = run_legacy(states, weights, sizes, self.pos_emb, given)
-        else:
-            window = Window.of(given, states, self.depth, sizes)
-            table = bias_table(self.pos_emb, self.seq_len, window.most_slots(x.shape[1], sizes))
-            contexts = self._contexts(context, context_mask)
-            # A pass must give the same where it is given the same.
-            dropping = sizes.attn_dropout > 0.0 or sizes.ff_dropout > 0.0
-            jacobi = solver == "jacobi" and not torch.is_grad_enabled() and not dropping
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                # Weights that are learnt change with each step.
-                self._packs.clear()
-            run = Run(weights, sizes, table, contexts, jacobi, self._packs)
-            states, window = run.all(states, window, mask, detach_every, checkpoint_every)
-            left = window.memory()
-        states = self.norm(states)
-        out = states if return_embeddings else self.to_logits(states)
+        gathered = self._gather()
+        try:
+            states, left = self._run(
+                x,
+                given,
+                mask,
+                self._contexts(context, context_mask),
+                detach_every,
+                checkpoint_every,
+                jacobi=solver == "jacobi",
+            )
+            states = self.norm(states)
+            out = states if return_embeddings else self.to_logits(states)
+        finally:
+            # With gradients the backward pass needs them, and gives them back.
+            if not torch.is_grad_enabled():
+                shard(gathered)
         return (out, left) if return_memory else out
 
     def generate(
@@ -234,23 +233,29 @@ class FeedbackTransformer(nn.Module):
         Args:
             memory: of what came before the prompt, as an earlier call returned it.
             mask: (b, n) boolean of the prompt, True = take part. The last token of a row must:
-                shorter prompts are padded in front.
+                shorter prompts are padded in front. By a multiple of `seq_len`, a row goes on as it
+                does alone; by other numbers its tokens fall into other segments.
 
         Raises:
             TypeError, ValueError: a prompt or number is out of range.
         """
-        return generate(
-            self._stepper(prompt, length, memory, mask, context, context_mask),
-            prompt,
-            length,
-            temperature=temperature,
-            eos_token=eos_token,
-            pad_value=pad_value,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            generator=generator,
-        )
+        step = self._stepper(prompt, length, memory, mask, context, context_mask)
+        gathered = self._gather(root=True)
+        try:
+            return generate(
+                step,
+                prompt,
+                length,
+                temperature=temperature,
+                eos_token=eos_token,
+                pad_value=pad_value,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                generator=generator,
+            )
+        finally:
+            shard(gathered)
 
     def stream(
         self,
@@ -276,7 +281,7 @@ class FeedbackTransformer(nn.Module):
         Raises:
             TypeError, ValueError: as `generate`, by the call and not by the first `next`.
         """
-        return stream(
+        tokens = stream(
             self._stepper(prompt, length, memory, mask, context, context_mask),
             prompt,
             length,
@@ -288,18 +293,47 @@ class FeedbackTransformer(nn.Module):
             min_p=min_p,
             generator=generator,
         )
+        return self._while_gathered(tokens)
+
+    def _run(
+        self,
+        x: Tensor,
+        given: Memory | None,
+        mask: Tensor | None,
+        contexts: list[Context] | None,
+        detach_every: int | None,
+        checkpoint_every: int | None,
+        *,
+        jacobi: bool,
+    ) -> tuple[Tensor, Memory]:
+        """States (b, n, d) of the last layer, not normalised, and the memory behind them."""
+        states = self._embed(x, mask)
+        weights, sizes = self._weights(), self._sizes()
+        if self.legacy:
+            return run_legacy(states, weights, sizes, self.pos_emb, given)
+        window = Window.of(given, states, self.depth, sizes)
+        table = bias_table(self.pos_emb, self.seq_len, window.most_slots(x.shape[1], sizes))
+        # A pass must give the same where it is given the same.
+        dropping = sizes.attn_dropout > 0.0 or sizes.ff_dropout > 0.0
+        jacobi = jacobi and not torch.is_grad_enabled() and not dropping
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Weights that are learnt change with each step.
+            self._packs.clear()
+        run = Run(weights, sizes, table, contexts, jacobi, self._packs)
+        states, window = run.all(states, window, mask, detach_every, checkpoint_every)
+        return states, window.memory()
 
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Embeddings (b, n, d) of tokens, or those that are given; 0 where masked."""
         # Under autocast an earlier layer may have made them of another type than the weights.
-        states = x.to(self.token_emb.weight) if x.is_floating_point() else self.token_emb(x)
+        dtype = self.token_emb.weight.dtype
+        states = x.to(dtype) if x.is_floating_point() else self.token_emb(x)
         # 0 times NaN would be NaN.
         return states if mask is None else states.masked_fill(~mask[..., None], 0.0)
 
     def _weights(self) -> Weights:
         """All that the recurrence multiplies by; TypeError for a part that has none of its own."""
-        check_part("to_kv", self.to_kv, nn.Linear)
-        check_part("memory_norm", self.memory_norm, nn.LayerNorm)
+        layers = self._layer_weights()
         mix = self.layer_weight.softmax(0)
         if self.keep_last_hidden:
             # A gradient of 0, not none, as data parallelism wants it.
@@ -307,13 +341,19 @@ class FeedbackTransformer(nn.Module):
             mix = torch.cat((mix[:-1], mix[-1:] + 1.0))
         norm = self.memory_norm
         return Weights(
-            tuple(layer.weights() for layer in self._layers()),
+            layers,
             self.to_kv.weight,
             mix,
             None if norm is None else (norm.weight, norm.bias),
             None,
             self._cross() or None,
         )
+
+    def _layer_weights(self) -> tuple[LayerWeights, ...]:
+        """Of each layer; TypeError for a part, of the memory too, that has none of its own."""
+        check_part("to_kv", self.to_kv, nn.Linear)
+        check_part("memory_norm", self.memory_norm, nn.LayerNorm)
+        return tuple(layer.weights(f"layers.{i}") for i, layer in enumerate(self._layers()))
 
     def _layers(self) -> list[Layer]:
         for i, layer in enumerate(self.layers):
@@ -322,7 +362,11 @@ class FeedbackTransformer(nn.Module):
 
     def _cross(self) -> tuple[ContextWeights, ...]:
         """What the layers attend to a context with; nothing where there is none."""
-        return tuple(layer.cross.weights() for layer in self._layers() if layer.cross is not None)
+        return tuple(
+            layer.cross.weights(f"layers.{i}.cross")
+            for i, layer in enumerate(self._layers())
+            if layer.cross is not None
+        )
 
     def _sizes(self, training: bool | None = None) -> Sizes:
         training = self.training if training is None else training
@@ -345,17 +389,30 @@ class FeedbackTransformer(nn.Module):
             return None
         return [context_keys(context, weights, self.heads, mask) for weights in self._cross()]
 
-    def _gather(self, *, root: bool = False) -> None:
-        """Has parts that FSDP2 shards on their own hold all of their weights.
+    def _gather(self, *, root: bool = False) -> list[nn.Module]:
+        """Has parts that are sharded on their own hold all of their weights; those that did not.
 
         Their weights are used segment by segment, and never by calling them. What is left, the
         root, gathers itself where it is called: `root` is for where it is not.
         """
-        for module in self.modules():
-            # Of the class: a module looks for an attribute that it does not have for long.
-            unshard = getattr(type(module), "unshard", None)
-            if unshard is not None and (module is not self or root):
-                unshard(module)
+        gathered = gather(module for module in self.modules() if root or module is not self)
+        if gathered:
+            # What is gathered anew moves no version.
+            self._packs.clear()
+        return gathered
+
+    def _while_gathered(self, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+        gathered = self._gather(root=True)
+        try:
+            yield from tokens
+        finally:
+            shard(gathered)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeedbackTransformer:
+        """What moves or casts all parameters: packed ones would stay behind."""
+        self._packs.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _stepper(
         self,
@@ -365,8 +422,8 @@ class FeedbackTransformer(nn.Module):
         mask: Tensor | None,
         context: Tensor | None,
         context_mask: Tensor | None,
-    ) -> Stepper:
-        """What generates: a step with weights that are laid out for it."""
+    ) -> Callable[[Tensor, Window | None], tuple[Tensor, Window]]:
+        """What generates: a step with weights that are laid out for it, once they are gathered."""
         if self.legacy:
             raise ValueError("legacy=True cannot generate: its answers depend on how it is fed")
         if prompt.is_floating_point():
@@ -379,9 +436,12 @@ class FeedbackTransformer(nn.Module):
                 raise ValueError(f"the last token of a prompt must take part, masked in row {row}")
         check_context(context, context_mask, self.dim_context, prompt.shape[0])
         given = None if memory is None else self._given(memory, prompt.shape[0])
-        with torch.no_grad():
-            self._gather(root=True)
-            check_part("to_logits", self.to_logits, nn.Linear)
+        check_part("to_logits", self.to_logits, nn.Linear)
+        self._layer_weights()
+        self._cross()
+
+        @functools.cache
+        def stepper() -> Stepper:
             return Stepper(
                 self.token_emb,
                 self.pos_emb,
@@ -395,3 +455,8 @@ class FeedbackTransformer(nn.Module):
                 self._packs,
                 length,
             )
+
+        def step(tokens: Tensor, window: Window | None) -> tuple[Tensor, Window]:
+            return stepper()(tokens, window)
+
+        return step

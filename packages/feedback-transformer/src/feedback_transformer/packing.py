@@ -9,6 +9,7 @@ FBGEMM one for float16 that is faster still for a row or two, but takes longer t
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,12 +143,13 @@ def multiply(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
 class Packs:
     """Packed weights that are kept from call to call while nobody changes them.
 
-    Whether somebody did is seen by the numbers themselves: versions of tensors do not tell what is
-    written to their `data`. Copies and files of it are empty.
+    Whether somebody did is seen by the version and the address of the parameter, and by sums of its
+    bits: on these alone rests what is written to its `data`, which moves no version, and what
+    inference mode writes to a parameter that was made in it. Copies and files of it are empty.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Tensor, Tensor, Matrix]] = {}
+        self._kept: dict[str, tuple[_Marks, Packed | PackedHalf]] = {}
 
     def __reduce__(self) -> tuple[type[Packs], tuple[()]]:
         return Packs, ()
@@ -156,46 +158,65 @@ class Packs:
         """Gives the memory back."""
         self._kept.clear()
 
-    def pack(self, name: str, weight: Tensor, rows: int, *, often: bool, half: bool) -> Matrix:
-        """`pack`, from before where there is one of these numbers.
+    def pack(self, name: str, weight: Tensor, source: Tensor, rows: int, *, half: bool) -> Matrix:
+        """`pack`, from before where there is one of these numbers and of the layout that suits.
+
+        The layout is the call's own choice, so that a call gives the same after any other.
 
         Args:
             name: which weight it is.
-            often: whether so many products follow that packing pays if there is none.
-            half: whether so many that float16 does.
+            source: what the weight was made of: the parameter, or a view of it.
+            half: whether so many products follow that float16 pays.
         """
         if not can_pack(weight, rows):
             return weight.detach()
-        if rows > FEW:
-            half = False
-        ways = (PackedHalf, Packed) if rows <= FEW else (Packed,)
-        known = [way for way in ways if f"{name} {way.__name__}" in self._kept]
-        if not known and not often:
-            return weight.detach()
-        marks = _marks(weight)
-        for way in known:
-            *before, packed = self._kept[f"{name} {way.__name__}"]
-            if marks is not None and all(map(torch.equal, marks, before)):
-                if way is Packed and half and fits_half(weight, rows):
-                    continue
-                return packed
-            del self._kept[f"{name} {way.__name__}"]
-        if not often:
-            return weight.detach()
-        chosen = PackedHalf if half and fits_half(weight, rows) else Packed
-        made = chosen(weight)
+        half = half and rows <= FEW
+        marks = _Marks.of(weight, source)
+        # Another thread may drop it, or keep another, between two looks.
+        kept = self._kept.get(name)
+        known = kept is not None and marks is not None and marks.same(kept[0])
+        if kept is not None and known and half == isinstance(kept[1], PackedHalf):
+            return kept[1]
+        half = half and fits_half(weight, rows)
+        if kept is not None and known and not half and isinstance(kept[1], Packed):
+            return kept[1]
+        # Before the other is made: two of them would be held, and one would do.
+        del kept
+        self._kept.pop(name, None)
+        made = PackedHalf(weight) if half else Packed(weight)
         if marks is not None:
-            self._kept[f"{name} {chosen.__name__}"] = (*marks, made)
+            self._kept[name] = (marks, made)
         return made
 
 
-def _marks(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Sums of the bits of a matrix by rows and by columns, exact but for what overflows.
+class _Marks(NamedTuple):
+    """What tells whether a matrix is what it was.
 
-    One number that changes changes both, and so do rows or columns that change places.
+    Attributes:
+        version: of its source; None for what was made in inference mode.
+        address: of its source.
+        columns, rows: sums of the bits, exact but for what overflows.
     """
-    each = 8 // weight.dtype.itemsize
-    if weight.shape[1] % each or not weight.is_contiguous():
-        return None
-    bits = weight.detach().view(torch.int64)
-    return bits.sum(0), bits.sum(1)
+
+    version: int | None
+    address: int
+    columns: Tensor
+    rows: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, source: Tensor) -> _Marks | None:
+        """None where bits cannot be summed as they lie."""
+        each = 8 // weight.dtype.itemsize
+        if weight.shape[1] % each or weight.storage_offset() % each or not weight.is_contiguous():
+            return None
+        version = None if source.is_inference() else source._version
+        bits = weight.detach().view(torch.int64)
+        return _Marks(version, source.data_ptr(), bits.sum(0), bits.sum(1))
+
+    def same(self, other: _Marks) -> bool:
+        """Whether nobody has changed it, as far as is seen."""
+        return (
+            self[:2] == other[:2]
+            and torch.equal(self.columns, other.columns)
+            and torch.equal(self.rows, other.rows)
+        )

@@ -69,7 +69,7 @@ class Run:
         s, p, n = self.sizes.seq_len, window.open_length, x.shape[1]
         first = min(n, (s - p) % s)
         last = n - (n - first) % s
-        if not can_fuse(x, self.weights, window, (last - first) // s):
+        if not can_fuse(x, self.weights, self.table, window, (last - first) // s):
             return self._plain(x, window, mask)
         outputs = []
         for start, stop in ((0, first), (first, last), (last, n)):
