@@ -168,6 +168,34 @@ def test_a_row_that_ends_early_learns_as_it_does_alone(
         torch.testing.assert_close(gradients(model)[name], gradient, msg=name)
 
 
+def test_no_segment_goes_from_call_to_call(make_model: MakeModel, tokens: Tokens) -> None:
+    """A row that ended before attends to nothing; one that goes on is as it is in one call."""
+    model, tgts = make_model(), [tokens(2, 7, seed=i) for i in range(4)]
+    src = tokens(2, 4 * N)
+    mask = torch.ones_like(src, dtype=torch.bool)
+    mask[1, 2 * N :] = False
+    first, second = slice(0, 2 * N), slice(2 * N, None)
+
+    def replay(rows: slice) -> tuple[Tensor, Tensor]:
+        """The losses of one call and of two."""
+        x, y, targets = src[rows], mask[rows], [tgt[rows] for tgt in tgts]
+        one = memory_replay_backprop(model, x, targets, y)
+        before = memory_replay_backprop(model, x[:, first], targets[:2], y[:, first])
+        after = memory_replay_backprop(
+            model, x[:, second], targets[2:], y[:, second], mems=before.mem
+        )
+        torch.testing.assert_close(after.mem, one.mem)
+        return one.losses, torch.cat((before.losses, after.losses))
+
+    goes_on, ends = replay(slice(0, 1)), replay(slice(1, 2))
+    torch.testing.assert_close(*goes_on)
+    torch.testing.assert_close(ends[0][:2], ends[1][:2])
+    hidden = {"context": ends[0].new_zeros(1, 1, 12), "tgt_mask": mask[1:, -1:]}
+    alone = [model.decoder(tgt[1:], return_loss=True, **hidden) for tgt in tgts[2:]]
+    torch.testing.assert_close(ends[1][2:], torch.stack(alone).detach())
+    assert (ends[1][2:] - ends[0][2:]).abs().min() > 1e-3
+
+
 @pytest.mark.parametrize("encoder_only", [False, True])
 def test_a_legacy_row_that_ends_early_reads_its_padding(
     make_model: MakeModel, tokens: Tokens, encoder_only: bool

@@ -102,7 +102,9 @@ def memory_replay_backprop(
         src_mask: as `src`.
         tgt_mask: as `tgt`.
         mems: (b, m, d), the memory before the first segment; the initial one by default. Gets a
-            gradient if it wants one.
+            gradient if it wants one. It is all that comes from an earlier call: a row whose tokens
+            ended there has nothing that the decoder attends to here, so its loss is another than
+            in one call.
         resets: (b, s) boolean, rows that begin a segment with the initial memory.
         loss_fn: called as loss_fn(results, i) for segment i, from the last to the first, returns
             its loss or None; by default `dec_out` where there is a target. For `encoder_only`, or
