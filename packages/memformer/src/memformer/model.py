@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memformer.autoregressive_wrapper import AutoregressiveWrapper, Step
+from memformer.autoregressive_wrapper import AutoregressiveWrapper
 from memformer.checks import (
     check_choice,
     check_dtype,
@@ -24,6 +24,7 @@ from memformer.checks import (
 from memformer.layers import Attention, FeedForwardLayer
 from memformer.legacy import FEED_FORWARD_KEYS, check_legacy_options
 from memformer.segments import Context, Segment, split_segments
+from memformer.sharding import Gathered, Step
 from memformer.transformer import Decoder, Encoder, TransformerWrapper
 from memformer.writers import BMN_BIAS, WRITERS, normalise, write_bmn, write_gru
 from shared_core import eval_mode, generate, register_key_map, stream
@@ -373,18 +374,19 @@ class Memformer(nn.Module):
                 longer than `dec_max_seq_len`; there is no decoder.
         """
         answer = _Answer(self, src, length, prompt, mems, src_mask)
-        tokens = generate(
-            answer.step,
-            answer.prompt,
-            length,
-            temperature=temperature,
-            eos_token=eos_token,
-            pad_value=pad_value,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            generator=generator,
-        )
+        with answer.weights:
+            tokens = generate(
+                answer.step,
+                answer.prompt,
+                length,
+                temperature=temperature,
+                eos_token=eos_token,
+                pad_value=pad_value,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                generator=generator,
+            )
         return Generated(tokens, answer.read()[1]) if return_mem else tokens
 
     def stream(
@@ -405,7 +407,7 @@ class Memformer(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields up to `length` tokens (b,) one by one; arguments as `generate`."""
         answer = _Answer(self, src, length, prompt, mems, src_mask)
-        return stream(
+        tokens = stream(
             answer.step,
             answer.prompt,
             length,
@@ -417,6 +419,7 @@ class Memformer(nn.Module):
             min_p=min_p,
             generator=generator,
         )
+        return answer.weights.stream(tokens)
 
     def check(
         self,
@@ -496,6 +499,7 @@ class _Answer:
         check_tokens("prompt", prompt, segment.shape[0])
         self.prompt: Tensor = prompt
         self.length: int = length
+        self.weights: Gathered = Gathered((model, *self.decoder.modules()))
         # For what it raises.
         self.decoder.stepper(prompt, length)
         self._read: tuple[Context, Tensor] | None = None
@@ -512,5 +516,6 @@ class _Answer:
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self._step is None:
             (enc_out, mask), _ = self.read()
-            self._step = self.decoder.stepper(tokens, self.length, enc_out, None, mask)
+            step = self.decoder.stepper(tokens, self.length, enc_out, None, mask)
+            self._step = self.weights.step(step)
         return self._step(tokens, state)
