@@ -120,8 +120,8 @@ def test_the_model_reads_segments_and_answers(
     )
     assert model.training
     model.eval()
-    read = model.encode(src, mems, mask)
-    torch.testing.assert_close(out.mem, read.mem)
+    read, mem = model.encode(src, mems, mask)
+    torch.testing.assert_close(out.mem, mem)
     expected = model.decoder.generate(
         prompt, 5, temperature=0.0, context=read.enc_out, tgt_mask=read.mask
     )
@@ -152,9 +152,9 @@ def test_rows_that_end_before_others_answer_as_they_do_alone(
         alone = model.generate(src[i : i + 1, :n], 6, prompt=one, return_mem=True, **options)
         assert torch.equal(found.tokens[i], alone.tokens[0])
         torch.testing.assert_close(found.mem[i], alone.mem[0])
-    read = model.encode(src, None, mask)
+    read, _ = model.encode(src, None, mask)
     for i, n in enumerate(lengths):
-        alone = model.encode(src[i : i + 1, :n])
+        alone, _ = model.encode(src[i : i + 1, :n])
         torch.testing.assert_close(read.enc_out[i, read.mask[i]], alone.enc_out[0])
     # Where no segment has a token, there is nothing to attend to.
     nothing = model.generate(src, 6, prompt=prompt, src_mask=mask & (mask[:, -1:]), **options)
@@ -228,7 +228,7 @@ def test_each_row_ends_for_itself(make_model: MakeModel, tokens: Tokens) -> None
         row = free[i].tolist()
         end = row.index(eos) + 1 if eos in row else 8
         assert found[i].tolist() == row[:end] + [10] * (8 - end)
-    start, context = torch.zeros_like(src[:, :1]), model.encode(src).enc_out
+    start, context = torch.zeros_like(src[:, :1]), model.encode(src)[0].enc_out
     wrapped = model.decoder.generate(start, 8, eos, 0.0, context=context)
     assert torch.equal(wrapped, model.generate(src, 8, temperature=0.0, eos_token=eos))
 

@@ -96,6 +96,8 @@ FORWARD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "embeds must be torch.float64",
     ),
     ({"src_mask": [[True] * 5] * 2}, TypeError, "src_mask must be a boolean tensor, got list"),
+    ({"earlier": torch.zeros(2, 4, 12)}, TypeError, "earlier must be a Context, got Tensor"),
+    ({"earlier": (torch.zeros(2, 4, 12), None)}, TypeError, "must be a Context, got tuple"),
     (
         {"earlier": Context(torch.zeros(2, 4, 11), None)},
         ValueError,

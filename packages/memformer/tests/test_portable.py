@@ -16,6 +16,7 @@ from shared_core.testing import (
     assert_exports,
     assert_hub_round_trip,
     assert_portable,
+    run_ranks,
 )
 
 if TYPE_CHECKING:
@@ -99,8 +100,12 @@ def test_portable_with_the_other_writer(
 
 
 def build_losses() -> nn.Module:
+    return Losses(build_model())
+
+
+def build_model() -> Memformer:
     torch.manual_seed(0)
-    model = Memformer(
+    return Memformer(
         dim=12,
         num_memory_slots=3,
         mem_update_attn_heads=3,
@@ -113,13 +118,68 @@ def build_losses() -> nn.Module:
         dec_heads=3,
         dec_max_seq_len=9,
     )
-    return Losses(model)
+
+
+LAYERS = ("encoder.layer_blocks.layers.0", "decoder.net.layer_blocks.layers.0")
 
 
 def test_data_parallel() -> None:
     generator = torch.Generator().manual_seed(1)
     src, tgt = (torch.randint(11, (4, 6), generator=generator) for _ in range(2))
-    assert_data_parallel(build_losses, (src, tgt), blocks=("model.encoder", "model.decoder"))
+    blocks = ["model.decoder", *(f"model.{layer}" for layer in LAYERS)]
+    assert_data_parallel(build_losses, (src, tgt), blocks=blocks[::-1])
+
+
+def test_generates_while_it_is_sharded() -> None:
+    """At each place of a training step, which goes on with the weights that it should."""
+    for ways in run_ranks(_train_and_generate, 2, timeout=120.0):
+        for parts, (found, expected) in ways.items():
+            torch.testing.assert_close(found, expected, msg=lambda m, p=parts: f"{p}: {m}")
+
+
+def _train_and_generate() -> dict[tuple[str, ...], list[list[Tensor]]]:
+    """What models with these parts sharded give, and one that is not, in the same calls."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    found: dict[tuple[str, ...], list[list[Tensor]]] = {}
+    for parts in ((), ("encoder", "decoder"), ("decoder.net",), LAYERS):
+        sharded, plain = (build_model() for _ in range(2))
+        for part in parts:
+            fully_shard(sharded.get_submodule(part), mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        found[parts] = [_outputs(sharded), _outputs(plain)]
+    return found
+
+
+def _outputs(model: Memformer) -> list[Tensor]:
+    src, tgt = torch.arange(24).view(2, 12) % 11, torch.arange(12).view(2, 6) % 11
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    # A rank takes more steps than the other: they do not wait for each other.
+    length = 3 + torch.distributed.get_rank()
+    found = [model.generate(src, length, temperature=0.0)]
+    for i in range(3):
+        loss = model(src[:, :9], tgt).dec_out
+        found.append(loss.detach())
+        tokens = model.stream(src, length, temperature=0.0)
+        first = next(tokens)
+        # A pass between two tokens leaves the weights of parts sharded.
+        with torch.no_grad():
+            model(src[:, :9], tgt)
+        found.append(torch.stack((first, next(tokens)), 1))
+        tokens.close()
+        loss.backward()
+        # Both leave weights whole, which are old after the step, if nobody sees to it.
+        if i == 1:
+            found.append(model.generate(src, length, temperature=0.0))
+        else:
+            with torch.no_grad():
+                model.encode(src)
+        optimizer.step()
+        optimizer.zero_grad()
+        if i != 1:
+            found.append(model.generate(src, length, temperature=0.0))
+    return found
 
 
 def test_hub_round_trip(settings: dict[str, Any], tokens: Tokens, tmp_path: Path) -> None:

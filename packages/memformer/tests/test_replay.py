@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformer import Context, Memformer, memory_replay_backprop
 from shared_core.testing import run_ranks
@@ -56,13 +57,12 @@ def at_once(
             None if mask is None else mask[:, part],
             None if tgt_masks is None else tgt_masks[i],
             reset=None if resets is None else resets[:, i],
-            **({} if mask is None else {"earlier": context}),
+            earlier=context,
         )
-        if mask is not None:
+        if mask is not None and not model.legacy and model.decoder is not None:
             own_reset = None if resets is None else resets[:, i]
             context = Context(out.enc_out, mask[:, part]).after(context, own_reset)
-        own = None if tgts[i] is None else out.dec_out
-        loss = own if loss_fn is None else loss_fn(out, i)
+        loss = loss_fn(out, i) if loss_fn else out.dec_out if tgts[i] is not None else None
         losses.append(out.mem.new_zeros(()) if loss is None else loss)
         mem = out.mem
     each = torch.stack(losses)
@@ -166,6 +166,81 @@ def test_a_row_that_ends_early_learns_as_it_does_alone(
     torch.testing.assert_close(together.loss, torch.stack(alone).mean())
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients(model)[name], gradient, msg=name)
+
+
+def test_no_segment_goes_from_call_to_call(make_model: MakeModel, tokens: Tokens) -> None:
+    """A row that ended before attends to nothing; one that goes on is as it is in one call."""
+    model, tgts = make_model(), [tokens(2, 7, seed=i) for i in range(4)]
+    src = tokens(2, 4 * N)
+    mask = torch.ones_like(src, dtype=torch.bool)
+    mask[1, 2 * N :] = False
+    first, second = slice(0, 2 * N), slice(2 * N, None)
+
+    def replay(rows: slice) -> tuple[Tensor, Tensor]:
+        """The losses of one call and of two."""
+        x, y, targets = src[rows], mask[rows], [tgt[rows] for tgt in tgts]
+        one = memory_replay_backprop(model, x, targets, y)
+        before = memory_replay_backprop(model, x[:, first], targets[:2], y[:, first])
+        after = memory_replay_backprop(
+            model, x[:, second], targets[2:], y[:, second], mems=before.mem
+        )
+        torch.testing.assert_close(after.mem, one.mem)
+        return one.losses, torch.cat((before.losses, after.losses))
+
+    goes_on, ends = replay(slice(0, 1)), replay(slice(1, 2))
+    torch.testing.assert_close(*goes_on)
+    torch.testing.assert_close(ends[0][:2], ends[1][:2])
+    hidden = {"context": ends[0].new_zeros(1, 1, 12), "tgt_mask": mask[1:, -1:]}
+    alone = [model.decoder(tgt[1:], return_loss=True, **hidden) for tgt in tgts[2:]]
+    torch.testing.assert_close(ends[1][2:], torch.stack(alone).detach())
+    assert (ends[1][2:] - ends[0][2:]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("encoder_only", [False, True])
+def test_a_legacy_row_that_ends_early_reads_its_padding(
+    make_model: MakeModel, tokens: Tokens, encoder_only: bool
+) -> None:
+    """As in the reference, to which a segment that is masked whole is one like others."""
+    src, tgts = inputs(tokens, "all")
+    mask = torch.ones_like(src, dtype=torch.bool)
+    mask[0, N:] = False
+    model = make_model(legacy=True, encoder_only=encoder_only)
+
+    def square(results: Any, _: int) -> Tensor:
+        return results.enc_out.square().mean()
+
+    loss_fn = square if encoder_only else None
+    expected = at_once(model, src, tgts, mask, loss_fn=loss_fn)
+    model.zero_grad()
+    assert_equal(memory_replay_backprop(model, src, tgts, mask, loss_fn=loss_fn), model, expected)
+
+
+def test_masks_are_read_back_once_for_all_segments(make_model: MakeModel, tokens: Tokens) -> None:
+    """Each number that Python asks a device for is waited for."""
+    model, tgt = make_model(), tokens(2, 5)
+    counts = []
+    for segments in (2, 5):
+        src = tokens(2, N * segments)
+        mask = torch.ones_like(src, dtype=torch.bool)
+        mask[0, N:] = False
+        with Waits() as waits:
+            memory_replay_backprop(model, src, [tgt] * segments, mask)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are taken out of tensors one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_masks_of_some_segments_alone(make_model: MakeModel, tokens: Tokens) -> None:

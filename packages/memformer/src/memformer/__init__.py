@@ -8,7 +8,6 @@ from memformer.model import Results as Results
 from memformer.mrbp import Replay as Replay
 from memformer.mrbp import memory_replay_backprop as memory_replay_backprop
 from memformer.segments import Context as Context
-from memformer.segments import Encoded as Encoded
 from memformer.state import DecoderState as DecoderState
 from memformer.transformer import Decoder as Decoder
 from memformer.transformer import Encoder as Encoder
@@ -22,7 +21,6 @@ __all__ = [
     "Decoder",
     "DecoderState",
     "EncOnlyResults",
-    "Encoded",
     "Encoder",
     "Generated",
     "Memformer",

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from memformer.checks import check_mask, check_tokens, check_vectors
+from memformer.sharding import Gathered, Step
 from memformer.transformer import Decoder, TransformerWrapper
 from shared_core import eval_mode, filter_logits, generate, next_token_pairs, stream, top_k
 
 __all__ = ["AutoregressiveWrapper", "top_k", "top_p"]
-
-Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
@@ -138,16 +137,18 @@ class AutoregressiveWrapper(nn.Module):
                 tokens are together more than `max_seq_len`.
         """
         prompt = start_tokens[None] if start_tokens.ndim == 1 else start_tokens
-        out = generate(
-            self.stepper(prompt, seq_len, context, input_mask, tgt_mask),
-            prompt,
-            seq_len,
-            temperature=temperature,
-            eos_token=eos_token,
-            pad_value=self.pad_value,
-            filter_fn=partial(filter_logits_fn, thres=filter_thres),
-            generator=generator,
-        )
+        step = self.stepper(prompt, seq_len, context, input_mask, tgt_mask)
+        with Gathered(self.modules()) as weights:
+            out = generate(
+                weights.step(step),
+                prompt,
+                seq_len,
+                temperature=temperature,
+                eos_token=eos_token,
+                pad_value=self.pad_value,
+                filter_fn=partial(filter_logits_fn, thres=filter_thres),
+                generator=generator,
+            )
         return out[0] if start_tokens.ndim == 1 else out
 
     def stream(
@@ -166,8 +167,9 @@ class AutoregressiveWrapper(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
         """Yields up to `length` tokens (b,) as they come; see `generate`."""
-        return stream(
-            self.stepper(prompt, length, context, input_mask, tgt_mask),
+        weights = Gathered(self.modules())
+        tokens = stream(
+            weights.step(self.stepper(prompt, length, context, input_mask, tgt_mask)),
             prompt,
             length,
             temperature=temperature,
@@ -178,6 +180,7 @@ class AutoregressiveWrapper(nn.Module):
             min_p=min_p,
             generator=generator,
         )
+        return weights.stream(tokens)
 
     def stepper(
         self,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from memformer.attention import attend
 from memformer.checks import check_heads
+from memformer.legacy import attend_legacy
 from shared_core import FeedForward
 
 
@@ -83,8 +85,58 @@ class FeedForwardLayer(nn.Module):
 class Layer(nn.Module):
     """Self-attention, attention to the context, feed-forward."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float, *, causal: bool, legacy: bool) -> None:
         super().__init__()
+        self.causal: bool = causal
+        self.legacy: bool = legacy
         self.self_attn: AttentionLayer = AttentionLayer(dim, heads, dropout)
         self.cross_attn: AttentionLayer = AttentionLayer(dim, heads, dropout)
         self.feed_forward: FeedForwardLayer = FeedForwardLayer(dim, dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        by_distance: Tensor,
+        mask: Tensor | None,
+        context_mask: Tensor | None,
+    ) -> Tensor:
+        """(b, n, d), context (b, m, d), biases (h, 2 n - 1), masks (b, n), (b, m) -> (b, n, d)."""
+        if self.legacy:
+            return self._forward_legacy(x, context, by_distance, mask, context_mask)
+        k, v = self.self_attn.keys_values(x)
+        q = self.self_attn.queries(x)
+        x = self.self_attn.add(x, attend(q, k, v, by_distance, mask, causal=self.causal))
+        if context is not None:
+            k, v = self.cross_attn.body.keys_values(context)
+            x = self.cross(x, k, v, context_mask)
+        out: Tensor = self.feed_forward(x)
+        return out
+
+    def cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """x (b, n, d) and what it finds in keys and values of a context, (b, h, m, d / h)."""
+        return self.cross_attn.add(x, attend(self.cross_attn.queries(x), k, v, None, mask))
+
+    def _forward_legacy(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        by_distance: Tensor,
+        mask: Tensor | None,
+        context_mask: Tensor | None,
+    ) -> Tensor:
+        body = self.self_attn.body
+        normed = self.self_attn.norm(x)
+        q, (k, v) = body.queries(normed), body.keys_values(normed)
+        x = x + body.merge(attend_legacy(q, k, v, by_distance, mask, mask, self.causal))
+        body = self.cross_attn.body
+        normed = self.cross_attn.norm(x)
+        k, v = body.keys_values(normed if context is None else context)
+        # Only the decoder masks here; without a context it is as for the tokens themselves.
+        query_mask = mask if self.causal else None
+        if context is None and context_mask is None:
+            context_mask = query_mask
+        q = body.queries(normed)
+        x = x + body.merge(attend_legacy(q, k, v, None, query_mask, context_mask, False))
+        out: Tensor = self.feed_forward(x)
+        return out

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memformer.autoregressive_wrapper import AutoregressiveWrapper, Step
+from memformer.autoregressive_wrapper import AutoregressiveWrapper
 from memformer.checks import (
     check_choice,
     check_dtype,
@@ -23,7 +23,8 @@ from memformer.checks import (
 )
 from memformer.layers import Attention, FeedForwardLayer
 from memformer.legacy import FEED_FORWARD_KEYS, check_legacy_options
-from memformer.segments import Context, Encoded, Segment, split_segments
+from memformer.segments import Context, Segment, split_segments
+from memformer.sharding import Gathered, Step
 from memformer.transformer import Decoder, Encoder, TransformerWrapper
 from memformer.writers import BMN_BIAS, WRITERS, normalise, write_bmn, write_gru
 from shared_core import eval_mode, generate, register_key_map, stream
@@ -290,15 +291,18 @@ class Memformer(nn.Module):
         src: Tensor | Sequence[Tensor],
         mems: Tensor | None = None,
         src_mask: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Encoded:
+    ) -> tuple[Context, Tensor]:
         """Reads segments one after the other: what an answer attends to, and the memory.
 
         Args:
             src: (b, n) tokens, split after every `enc_max_seq_len`, or a list of segments.
             mems: (b, m, d), the memory before the first; the initial one by default.
             src_mask: split as `src`. Rows may end before others do: the output is that of a row's
-                last segment that is not masked whole. It has then its mask beside it, and with
-                masks the length of the longest segment.
+                last segment that is not masked whole, of those in this call.
+
+        Returns:
+            The context, with a mask where there are masks, and then as long as the longest segment;
+            and the memory (b, m, d) after all segments.
         """
         return self.read_segments(self.segments(src, mems, src_mask), mems)
 
@@ -315,7 +319,9 @@ class Memformer(nn.Module):
             check_tokens("src", piece.src, pieces[0].src.shape[0])
         return pieces
 
-    def read_segments(self, pieces: Sequence[Segment], mems: Tensor | None) -> Encoded:
+    def read_segments(
+        self, pieces: Sequence[Segment], mems: Tensor | None
+    ) -> tuple[Context, Tensor]:
         """What `encode` returns, of segments that have been checked."""
         context: Context | None = None
         mem: Any = mems
@@ -326,7 +332,7 @@ class Memformer(nn.Module):
             context, mem = Context(found.enc_out, piece.mask).after(earlier), found.mem
         if context is None:
             raise RuntimeError("no segment was read")
-        return Encoded(context.enc_out, mem, context.mask)
+        return context, mem
 
     def generate(
         self,
@@ -347,7 +353,7 @@ class Memformer(nn.Module):
     ) -> Tensor | Generated:
         """Reads segments, then samples an answer to the last one. Dropout is off meanwhile.
 
-        For a row that ends before others do it is the last one that is not masked whole.
+        For a row that ends before others do it is the last one in `src` that is not masked whole.
 
         Args:
             src, mems, src_mask: see `encode`.
@@ -368,19 +374,20 @@ class Memformer(nn.Module):
                 longer than `dec_max_seq_len`; there is no decoder.
         """
         answer = _Answer(self, src, length, prompt, mems, src_mask)
-        tokens = generate(
-            answer.step,
-            answer.prompt,
-            length,
-            temperature=temperature,
-            eos_token=eos_token,
-            pad_value=pad_value,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            generator=generator,
-        )
-        return Generated(tokens, answer.read().mem) if return_mem else tokens
+        with answer.weights:
+            tokens = generate(
+                answer.step,
+                answer.prompt,
+                length,
+                temperature=temperature,
+                eos_token=eos_token,
+                pad_value=pad_value,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                generator=generator,
+            )
+        return Generated(tokens, answer.read()[1]) if return_mem else tokens
 
     def stream(
         self,
@@ -400,7 +407,7 @@ class Memformer(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields up to `length` tokens (b,) one by one; arguments as `generate`."""
         answer = _Answer(self, src, length, prompt, mems, src_mask)
-        return stream(
+        tokens = stream(
             answer.step,
             answer.prompt,
             length,
@@ -412,6 +419,7 @@ class Memformer(nn.Module):
             min_p=min_p,
             generator=generator,
         )
+        return answer.weights.stream(tokens)
 
     def check(
         self,
@@ -440,6 +448,8 @@ class Memformer(nn.Module):
         if earlier is not None:
             if self.legacy or self.decoder is None:
                 raise ValueError("earlier is for a decoder, and not for a legacy one")
+            if not isinstance(earlier, Context):
+                raise TypeError(f"earlier must be a Context, got {type(earlier).__name__}")
             check_vectors("earlier.enc_out", earlier.enc_out, self.dim, b)
             check_mask("earlier.mask", earlier.mask, earlier.enc_out.shape[:2])
         if self.decoder is None:
@@ -489,13 +499,14 @@ class _Answer:
         check_tokens("prompt", prompt, segment.shape[0])
         self.prompt: Tensor = prompt
         self.length: int = length
+        self.weights: Gathered = Gathered((model, *self.decoder.modules()))
         # For what it raises.
         self.decoder.stepper(prompt, length)
-        self._read: Encoded | None = None
+        self._read: tuple[Context, Tensor] | None = None
         self._step: Step | None = None
 
     @torch.no_grad()
-    def read(self) -> Encoded:
+    def read(self) -> tuple[Context, Tensor]:
         """What the answer attends to, and the memory."""
         if self._read is None:
             with eval_mode(self.model):
@@ -504,6 +515,7 @@ class _Answer:
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self._step is None:
-            read = self.read()
-            self._step = self.decoder.stepper(tokens, self.length, read.enc_out, None, read.mask)
+            (enc_out, mask), _ = self.read()
+            step = self.decoder.stepper(tokens, self.length, enc_out, None, mask)
+            self._step = self.weights.step(step)
         return self._step(tokens, state)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from memformer.checks import check_mask, check_positive
 from memformer.model import EncOnlyResults, Memformer, Results
-from memformer.segments import Context
+from memformer.segments import Context, Segment
 
 Loss = Callable[[Results | EncOnlyResults, int], Tensor | None]
 
@@ -42,13 +42,17 @@ class Replay(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A segment and what belongs to it, as arguments of the model."""
+    """A segment and what belongs to it, as arguments of the model.
+
+    `looks_back`: a target is of a row that has no token in this segment.
+    """
 
     src: Tensor
     tgt: Tensor | None
     src_mask: Tensor | None
     tgt_mask: Tensor | None
     reset: Tensor | None
+    looks_back: bool
 
     def run(
         self,
@@ -68,12 +72,6 @@ class _Step(NamedTuple):
     def context(self, enc_out: Tensor, earlier: Context | None) -> Context:
         """What the decoder attends to after this segment."""
         return Context(enc_out, self.src_mask).after(earlier, self.reset)
-
-    def looks_back(self) -> bool:
-        """Whether a target is of a row that has no token in this segment."""
-        if self.tgt is None or self.src_mask is None:
-            return False
-        return not bool(self.src_mask.any(1).all())
 
 
 def memory_replay_backprop(
@@ -104,7 +102,9 @@ def memory_replay_backprop(
         src_mask: as `src`.
         tgt_mask: as `tgt`.
         mems: (b, m, d), the memory before the first segment; the initial one by default. Gets a
-            gradient if it wants one.
+            gradient if it wants one. It is all that comes from an earlier call: a row whose tokens
+            ended there has nothing that the decoder attends to here, so its loss is another than
+            in one call.
         resets: (b, s) boolean, rows that begin a segment with the initial memory.
         loss_fn: called as loss_fn(results, i) for segment i, from the last to the first, returns
             its loss or None; by default `dec_out` where there is a target. For `encoder_only`, or
@@ -134,13 +134,13 @@ def memory_replay_backprop(
 
     # The decoder may draw random numbers before the next segment does.
     draws = any(isinstance(x, nn.Dropout) and x.p > 0.0 and x.training for x in inner.modules())
-    last_back = max((i for i in range(1, count) if reached[i] and steps[i].looks_back()), default=0)
+    last_back = max((i for i in range(1, count) if reached[i] and steps[i].looks_back), default=0)
     stored: dict[int, _Start] = {}
     mem, context = mems, None
     with torch.no_grad():
         for i, step in enumerate(steps):
             if reached[i]:
-                wanted = context if step.looks_back() else None
+                wanted = context if step.looks_back else None
                 stored[i] = _Start(mem, wanted, _RandomState(step.src))
             if i < count - 1 or i != last:
                 out = step.run(inner, mem, decode=draws)
@@ -216,13 +216,37 @@ def _steps(
     tgts, tgt_masks = _spread("tgt", tgt, count), _spread("tgt_mask", tgt_mask, count)
     check_mask("resets", resets, (segments[0].src.shape[0], count))
     rows = [None] * count if resets is None else resets.unbind(1)
-    steps = [
-        _Step(segment.src, one, segment.mask, mask, reset)
-        for segment, one, mask, reset in zip(segments, tgts, tgt_masks, rows, strict=True)
+    for segment, one, mask, reset in zip(segments, tgts, tgt_masks, rows, strict=True):
+        model.check(segment.src, one, mems, segment.mask, mask, reset=reset)
+    looking = _looking_back(model, segments, tgts)
+    return [
+        _Step(segment.src, one, segment.mask, mask, reset, back)
+        for segment, one, mask, reset, back in zip(
+            segments, tgts, tgt_masks, rows, looking, strict=True
+        )
     ]
-    for step in steps:
-        model.check(step.src, step.tgt, mems, step.src_mask, step.tgt_mask, reset=step.reset)
-    return steps
+
+
+def _looking_back(
+    model: Memformer, segments: Sequence[Segment], tgts: Sequence[Tensor | None]
+) -> list[bool]:
+    """Which segments have a target of a row that has no token there.
+
+    The device is waited for once, for all segments. In the reference such a row is like others.
+    """
+    found = [False] * len(segments)
+    if model.legacy or model.decoder is None:
+        return found
+    masks = {
+        i: segment.mask
+        for i, (segment, tgt) in enumerate(zip(segments, tgts, strict=True))
+        if tgt is not None and segment.mask is not None
+    }
+    if masks:
+        full = torch.stack([mask.any(1).all() for mask in masks.values()]).tolist()
+        for i, every_row in zip(masks, full, strict=True):
+            found[i] = not every_row
+    return found
 
 
 def _spread(

@@ -15,22 +15,13 @@ from torch import Tensor
 from memformer.checks import check_mask
 
 
-class Encoded(NamedTuple):
-    """What an answer to a source is made of.
+class Context(NamedTuple):
+    """What a decoder attends to.
 
     Attributes:
-        enc_out: (b, n, d), of each row the output of its last segment that had a token.
-        mem: (b, m, d), after all segments.
+        enc_out: (b, n, d), the output of the encoder.
         mask: (b, n) boolean, what takes part of `enc_out`; None where all does.
     """
-
-    enc_out: Tensor
-    mem: Tensor
-    mask: Tensor | None
-
-
-class Context(NamedTuple):
-    """What a decoder attends to: (b, n, d), and which of it takes part, (b, n) or None for all."""
 
     enc_out: Tensor
     mask: Tensor | None

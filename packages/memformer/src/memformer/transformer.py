@@ -25,7 +25,7 @@ from memformer.checks import (
     check_vectors,
 )
 from memformer.layers import Layer
-from memformer.legacy import LAYER_KEYS, attend_legacy, check_legacy_options
+from memformer.legacy import LAYER_KEYS, check_legacy_options
 from memformer.state import DecoderState
 from shared_core import RelativePositionBias, register_key_map
 
@@ -71,7 +71,9 @@ class Blocks(nn.Module):
         self.rel_pos_emb: RelativePositionBias = RelativePositionBias(
             heads, bidirectional=causal == legacy, max_distance=max_distance
         )
-        self.layers: nn.ModuleList = nn.ModuleList(Layer(dim, heads, dropout) for _ in range(depth))
+        self.layers: nn.ModuleList = nn.ModuleList(
+            Layer(dim, heads, dropout, causal=causal, legacy=legacy) for _ in range(depth)
+        )
         register_key_map(self, LAYER_KEYS)
 
     def _layers(self) -> Iterator[Layer]:
@@ -90,26 +92,14 @@ class Blocks(nn.Module):
     ) -> Tensor:
         """Runs all layers: (b, n, d) -> (b, n, d); masks are of the tokens and of the context."""
         self._check(x, context, mask, context_mask)
-        if self.legacy:
-            return self._run_legacy(x, context, mask, context_mask)
-        # NaN in what is masked must not reach a sum with weight 0.
-        x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
-        context = self._prepare(context, context_mask)
+        if not self.legacy:
+            # NaN in what is masked must not reach a sum with weight 0.
+            x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+            context = self._prepare(context, context_mask)
         by_distance = self.by_distance(x.shape[1], x.shape[1])
-        for layer in self._layers():
-            k, v = layer.self_attn.keys_values(x)
-            q = layer.self_attn.queries(x)
-            found = attend(q, k, v, by_distance, mask, causal=self.causal)
-            x = layer.self_attn.add(x, found)
-            if context is not None:
-                k, v = layer.cross_attn.body.keys_values(context)
-                x = self._cross(layer, x, k, v, context_mask)
-            x = layer.feed_forward(x)
+        for layer in self.layers:
+            x = layer(x, context, by_distance, mask, context_mask)
         return x
-
-    def _cross(self, layer: Layer, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        cross = layer.cross_attn
-        return cross.add(x, attend(cross.queries(x), k, v, None, mask))
 
     def _prepare(self, context: Tensor | None, mask: Tensor | None) -> Tensor | None:
         if context is None:
@@ -117,27 +107,6 @@ class Blocks(nn.Module):
         if mask is not None:
             context = context.masked_fill(~mask[..., None], 0.0)
         return context if self.context_scale == 1.0 else context * self.context_scale
-
-    def _run_legacy(
-        self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
-    ) -> Tensor:
-        by_distance = self.by_distance(x.shape[1], x.shape[1])
-        for layer in self._layers():
-            body = layer.self_attn.body
-            normed = layer.self_attn.norm(x)
-            q, (k, v) = body.queries(normed), body.keys_values(normed)
-            x = x + body.merge(attend_legacy(q, k, v, by_distance, mask, mask, self.causal))
-            body = layer.cross_attn.body
-            normed = layer.cross_attn.norm(x)
-            k, v = body.keys_values(normed if context is None else context)
-            # Only the decoder masks here; without a context it is as for the tokens themselves.
-            query_mask = mask if self.causal else None
-            if context is None and context_mask is None:
-                context_mask = query_mask
-            q = body.queries(normed)
-            x = x + body.merge(attend_legacy(q, k, v, None, query_mask, context_mask, False))
-            x = layer.feed_forward(x)
-        return x
 
     def _check(
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
@@ -294,7 +263,7 @@ class Decoder(Blocks):
             x = layer.self_attn.add(x, found)
             if state.cross_keys:
                 k, v = state.cross_keys[i], state.cross_values[i]
-                x = self._cross(layer, x, k, v, state.cross_mask)
+                x = layer.cross(x, k, v, state.cross_mask)
             x = layer.feed_forward(x)
         return x, state._replace(length=m)
 
