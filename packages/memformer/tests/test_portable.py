@@ -139,9 +139,10 @@ def test_generates_while_it_is_sharded() -> None:
 
 def _train_and_generate() -> dict[tuple[str, ...], list[list[Tensor]]]:
     """What models with these parts sharded give, and one that is not, in the same calls."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     found: dict[tuple[str, ...], list[list[Tensor]]] = {}
     for parts in ((), ("encoder", "decoder"), ("decoder.net",), LAYERS):
         sharded, plain = (build_model() for _ in range(2))
