@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,10 +300,17 @@ def _look_and_train(x: Tensor, blocks: tuple[str, ...]) -> list[tuple[str, Tenso
         with torch.no_grad():
             model(x)
 
+    def two_at_once(model: FeedbackTransformer) -> None:
+        expected = [*model.stream(x, 8, temperature=0)]
+        short, long = model.stream(x, 3, temperature=0), model.stream(x, 8, temperature=0)
+        found = [pair[1] for pair in itertools.zip_longest(short, long)]
+        assert torch.equal(torch.stack(found), torch.stack(expected))
+
     looks: list[Callable[[FeedbackTransformer], Any]] = [
         lambda model: model.generate(x, 8, temperature=0),
         lambda model: [*model.stream(x, 8, temperature=0)],
         closed_early,
+        two_at_once,
         never_begun,
         failing,
         forward,

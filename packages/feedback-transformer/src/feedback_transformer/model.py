@@ -28,7 +28,7 @@ from feedback_transformer.layers import Layer
 from feedback_transformer.legacy import KEY_MAP, check_legacy_options, run_legacy
 from feedback_transformer.packing import Packs
 from feedback_transformer.sequence import Run
-from feedback_transformer.sharding import gather, shard
+from feedback_transformer.sharding import gather, shard, sharded
 from feedback_transformer.state import Memory, as_memory
 from feedback_transformer.weights import ContextWeights, LayerWeights, Sizes, Weights
 from feedback_transformer.window import Window
@@ -189,7 +189,8 @@ class FeedbackTransformer(nn.Module):
                 checkpoint_every=checkpoint_every is None,
                 solver=solver == "sequential",
             )
-        gathered = self._gather()
+        # The root gathers itself where it is called.
+        gathered = self._gather([part for part in sharded(self.modules()) if part is not self])
         try:
             states, left = self._run(
                 x,
@@ -240,7 +241,7 @@ class FeedbackTransformer(nn.Module):
             TypeError, ValueError: a prompt or number is out of range.
         """
         step = self._stepper(prompt, length, memory, mask, context, context_mask)
-        gathered = self._gather(root=True)
+        gathered = self._gather(sharded(self.modules()))
         try:
             return generate(
                 step,
@@ -389,22 +390,25 @@ class FeedbackTransformer(nn.Module):
             return None
         return [context_keys(context, weights, self.heads, mask) for weights in self._cross()]
 
-    def _gather(self, *, root: bool = False) -> list[nn.Module]:
-        """Has parts that are sharded on their own hold all of their weights; those that did not.
+    def _gather(self, parts: list[nn.Module]) -> list[nn.Module]:
+        """Has parts that are sharded hold all of their weights; those that did not before.
 
-        Their weights are used segment by segment, and never by calling them. What is left, the
-        root, gathers itself where it is called: `root` is for where it is not.
+        Their weights are used segment by segment, and never by calling them.
         """
-        gathered = gather(module for module in self.modules() if root or module is not self)
+        gathered = gather(parts)
         if gathered:
             # What is gathered anew moves no version.
             self._packs.clear()
         return gathered
 
     def _while_gathered(self, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
-        gathered = self._gather(root=True)
+        parts = sharded(self.modules())
+        gathered = self._gather(parts)
         try:
-            yield from tokens
+            for token in tokens:
+                yield token
+                # Another stream may have ended meanwhile, and given them back.
+                gathered += self._gather(parts)
         finally:
             shard(gathered)
 

@@ -7,19 +7,21 @@ from collections.abc import Iterable
 from torch import nn
 
 
-def gather(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Has those that FSDP2 shards hold all of their weights; those that did not before.
+def sharded(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that FSDP2 shards."""
+    # Of the class: a module looks for an attribute that it does not have for long.
+    return [module for module in modules if hasattr(type(module), "unshard")]
+
+
+def gather(modules: list[nn.Module]) -> list[nn.Module]:
+    """Has modules that are `sharded` hold all of their weights; those that did not before.
 
     What an earlier call has gathered may be part of a graph that waits for its backward pass.
     """
     gathered = []
     for module in modules:
-        # Of the class: a module looks for an attribute that it does not have for long.
-        unshard = getattr(type(module), "unshard", None)
-        if unshard is None:
-            continue
         before = [*module.parameters()]
-        unshard(module)
+        type(module).unshard(module)  # type: ignore[attr-defined]
         # Shards and whole weights are different parameters.
         if any(x is not y for x, y in zip(before, module.parameters(), strict=True)):
             gathered.append(module)
