@@ -60,7 +60,6 @@ class Agreement(Callback):
         for rank, other in enumerate(everyone):
             for name, value in everyone[0].items():
                 if other[name] != value:
-                    leave()
                     raise DemoError(
                         f"process {rank} differs from the first one in {name}: "
                         f"{other[name]}, not {value}"
@@ -71,13 +70,3 @@ class Agreement(Callback):
         training = self._training
         run = asdict(training.settings) | {"step": training.step, "seconds": training.elapsed}
         return {name: run[name] for name in run if name not in ("corpus", "corpus_path")}
-
-
-def leave() -> None:
-    """Ends what processes have in common, once all of them know that they will end.
-
-    One that is gone while another still holds a connection takes that one down with an abort.
-    """
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
