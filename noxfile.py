@@ -73,7 +73,7 @@ def tests(session: nox.Session, package: str, device: str) -> None:
     """Test an installed wheel, away from its source (what follows -- goes to pytest)."""
     if package == "tools":
         suite = TOOLS / "tests"
-        install(session, *everything(session), *group("tools"), *group("parallel"))
+        install(session, *everything(session), *group("tools"))
     else:
         suite = DISTRIBUTIONS[package].folder / "tests"
         needed = wheels(session, package, testing=True)
@@ -82,7 +82,8 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         needed += group("parallel") if device == "cpu" else ()
         install(session, *needed, own_torch=device == "cpu")
     options = ["--device", "cuda" if device == "gpu" else "cpu"]
-    if device == "cpu" and session.virtualenv.is_sandboxed:
+    # Those of the tools start processes of their own, which have to keep time.
+    if package != "tools" and device == "cpu" and session.virtualenv.is_sandboxed:
         # Each test uses one core; `-- -n0` runs them in one process, as a debugger needs it.
         options += ["-n", "auto", "--maxprocesses", "4"]
     run_suite(session, suite, *options)
