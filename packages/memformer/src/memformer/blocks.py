@@ -1,7 +1,8 @@
 """Attention and its gradients, some queries of some heads at a time.
 
 Logits of a step stay in a core's cache, in room that the next step takes over, and the backward
-pass computes them again: nothing of the size n x m is kept or biased in full.
+pass computes them again: nothing of the size n x m is kept or biased in full. Where PyTorch's own
+kernel is faster, it is given biases of which nothing is written out either.
 
 Shapes: b batch, n queries, m keys, h heads, d head width; g pairs of batch and head at a time,
 r queries at a time.
@@ -13,12 +14,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Logits that are worked on at a time: what a core's cache holds, and what keeps an accelerator
 # busy.
 WORKING_SET = 2**18
 ACCELERATOR_WORKING_SET = 2**27
+# Causal queries that the kernel is given at a time, with the keys that the last of them sees.
+CAUSAL_ROWS = 256
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -64,9 +68,43 @@ def forward(
     out = new_output(q)
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_()
+    # In half precision the kernel is slower; with a mask each row of a batch needs its own biases.
+    if (
+        q.device.type == "cpu"
+        and q.dtype.itemsize >= 4
+        and mask is None
+        and q.shape[2] <= k.shape[2]
+    ):
+        return _kernel(q, k, v, by_distance, causal, out)
     for block in _blocks(q, k, by_distance, mask, causal):
         values = block.take(v, slice(0, block.m))
         block.put(out, block.weights, values)
+    return out
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, by_distance: Tensor | None, causal: bool, out: Tensor
+) -> Tensor:
+    """As `forward` without a mask, by PyTorch's kernel, into `out`."""
+    n, m = q.shape[2], k.shape[2]
+    numbers = _numbers(n, m, by_distance, causal, q)
+    if numbers is None:
+        return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0))
+    # From the last key to the first, the row of a query's biases begins one further to the right
+    # than the row before it, so that all rows are windows of the same numbers.
+    numbers, k, v = numbers.flip(1).contiguous(), k.flip(2), v.flip(2)
+    step = CAUSAL_ROWS if causal else n
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        first = n - stop if causal else 0
+        biases = numbers[:, start + first :].unfold(1, m - first, 1)[:, : stop - start]
+        out[:, :, start:stop] = F.scaled_dot_product_attention(
+            q[:, :, start:stop],
+            k[:, :, first:],
+            v[:, :, first:],
+            attn_mask=biases.expand(1, q.shape[1], -1, -1),
+            scale=1.0,
+        )
     return out
 
 
