@@ -17,11 +17,18 @@ from feedback_transformer import FeedbackTransformer, packing
 WIDE: dict[str, Any] = {"num_tokens": 300, "dim": 256, "depth": 2, "mem_len": 9, "dim_head": 32}
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def model(request: pytest.FixtureRequest) -> FeedbackTransformer:
+@pytest.fixture(params=["float32", "float32 in pairs", "bfloat16"])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FeedbackTransformer:
     """On the CPU, where weights are packed, whatever the device of the other tests."""
+    name, _, pairs = request.param.partition(" ")
+    if pairs:
+        # All of them are laid out anew, as only wide ones are in a larger model.
+        monkeypatch.setattr(packing, "NARROW", 128)
+        monkeypatch.setattr(packing, "PART", 128)
+    else:
+        monkeypatch.setattr(packing, "PAIR", 0)
     torch.manual_seed(0)
-    return FeedbackTransformer(**WIDE).to(getattr(torch, request.param))
+    return FeedbackTransformer(**WIDE).to(getattr(torch, name))
 
 
 def tokens(n: int) -> Tensor:
@@ -127,7 +134,7 @@ def test_weights_are_packed_once_while_they_stay(
     model: FeedbackTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    for kind in (packing.Packed, packing.PackedHalf):
+    for kind in (packing.Packed, packing.PackedPair, packing.PackedHalf):
         monkeypatch.setattr(kind, "__call__", _counted(kind.__call__, made))
     x = tokens(24)
     with torch.no_grad():
@@ -289,7 +296,7 @@ def test_copies_and_files_keep_nothing(model: FeedbackTransformer) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products(rows: int, dtype: torch.dtype) -> None:
+def test_products(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows of any type and shape; those of bfloat16 in float16 are the more exact ones."""
     generator = torch.Generator().manual_seed(rows)
     weight = (0.05 * torch.randn(512, 256, generator=generator)).to(dtype)
@@ -299,6 +306,12 @@ def test_products(rows: int, dtype: torch.dtype) -> None:
         pytest.skip("nothing is packed here")
     expected = x.double() @ weight.double().T
     kinds: list[Any] = [packing.Packed(weight)]
+    if dtype == torch.float32:
+        kinds.append(packing.PackedPair(weight))
+        monkeypatch.setattr(packing, "NARROW", 128)
+        monkeypatch.setattr(packing, "PART", 64)
+        kinds.append(packing.PackedPair(weight))
+        assert [len(x._parts) for x in kinds[1:]] == [1, 4]
     if packing.fits_half(weight, rows):
         kinds.append(packing.PackedHalf(weight))
     for packed in kinds:
@@ -307,9 +320,30 @@ def test_products(rows: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(packed(x), expected, **near)
         torch.testing.assert_close(packed(x, bias), expected + bias, **near)
         torch.testing.assert_close(packed(x.view(rows, 1, 256))[:, 0], expected, **near)
+        torch.testing.assert_close(packed(x.t().contiguous().t()), expected, **near)
         half = packed(x.to(dtype))
         assert half.dtype == dtype
         torch.testing.assert_close(half, expected, **(near | {"atol": 0.05}))
+
+
+def test_two_rows_of_float32_are_columns() -> None:
+    for shape, dtype, suits in (
+        ((64, 1024), torch.float32, True),
+        ((64, 2048), torch.float32, True),
+        ((64, 1032), torch.float32, False),
+        ((64, 512), torch.bfloat16, False),
+    ):
+        weight = torch.zeros(*shape, dtype=dtype)
+        assert packing.suits_pair(weight, 2) == suits
+        assert not any(packing.suits_pair(weight, rows) for rows in (1, 3, 4))
+    # A narrow one is read where it lies.
+    weight = torch.randn(512, 512)
+    kept = packing.Packs()
+    if packing.can_pack(weight, 2):
+        packed = kept.pack("it", weight, weight, 2, half=True)
+        assert isinstance(packed, packing.PackedPair)
+        assert packed._parts.data_ptr() == weight.data_ptr()
+        assert not kept._kept
 
 
 def test_weights_that_float16_would_spoil() -> None:
