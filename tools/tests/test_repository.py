@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +102,18 @@ def test_nobody_elses_code_runs_on_our_machines() -> None:
 def test_a_runner_without_a_gpu_fails() -> None:
     steps = load("gpu")["jobs"]["tests"]["steps"]
     (script,) = (step["run"] for step in steps if step.get("name") == "See the GPU")
-    command = ["bash", "-e", "-c", script]
-    result = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    # The PyTorch of these tests, and no GPU that it might see.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    result = subprocess.run(
+        ["bash", "-e", "-c", script],
+        env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert result.returncode != 0
+    assert "CUDA" in result.stderr
 
 
 def test_only_a_release_may_write() -> None:
