@@ -133,13 +133,3 @@ def test_eval_mode_nests_and_survives_a_failing_eval() -> None:
     with pytest.raises(RuntimeError, match="no"), eval_mode(half):
         pass
     assert flags(half) == [True, True]
-
-
-def test_feed_forward_of_another_linear_class() -> None:
-    class Counted(nn.Linear):
-        pass
-
-    layer = FeedForward(4, gated=True, linear=Counted)
-    assert type(layer.inner) is type(layer.outer) is Counted
-    assert (layer.inner.out_features, layer.outer.in_features) == (32, 16)
-    assert type(FeedForward(4).inner) is nn.Linear

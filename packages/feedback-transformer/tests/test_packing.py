@@ -321,6 +321,8 @@ def test_products(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(packed(x, bias), expected + bias, **near)
         torch.testing.assert_close(packed(x.view(rows, 1, 256))[:, 0], expected, **near)
         torch.testing.assert_close(packed(x.t().contiguous().t()), expected, **near)
+        with torch.autocast("cpu"):
+            torch.testing.assert_close(packed(x, bias), expected + bias, **near)
         half = packed(x.to(dtype))
         assert half.dtype == dtype
         torch.testing.assert_close(half, expected, **(near | {"atol": 0.05}))

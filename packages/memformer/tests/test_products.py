@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from memformer import Decoder, products
-from memformer.products import Linear, RowProduct, feed_forward
+from memformer import products
+from memformer.products import feed_forward, multiply, project
 from shared_core import FeedForward
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Activations of the products that oneDNN was asked for, of any size."""
+    # Each type is tried once.
+    products._has_product(torch.bfloat16)
     if not products._has_product(torch.float32):
         pytest.skip("PyTorch was built without oneDNN")
     found = []
@@ -33,128 +37,219 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def pair(width: int = 6, out: int = 5, bias: bool = True) -> tuple[Linear, nn.Linear]:
+def linear(bias: bool = True) -> nn.Linear:
     torch.manual_seed(0)
-    plain = nn.Linear(width, out, bias=bias)
-    ours = Linear(width, out, bias=bias)
-    ours.load_state_dict(plain.state_dict())
-    return ours, plain
+    return nn.Linear(6, 5, bias=bias)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients(asked: list[str], dtype: torch.dtype, bias: bool) -> None:
-    ours, plain = (x.to(dtype) for x in pair(bias=bias))
-    # Neither what comes in is contiguous, nor the gradient.
+def test_values(asked: list[str], dtype: torch.dtype, bias: bool) -> None:
+    if not products._has_product(dtype):
+        pytest.skip("this processor has no such products")
+    layer = linear(bias).to(dtype)
     x = torch.randn(6, 4, 3, dtype=dtype).permute(2, 1, 0)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.no_grad():
-        assert torch.allclose(ours(x), plain(x), atol=tolerance)
-    assert asked
+        out = project(layer, x)
+        near = {"atol": 1e-2, "rtol": 0.0} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(out, layer(x), **near)
+    assert out.is_contiguous()
+    assert asked == ["none"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients(asked: list[str], bias: bool) -> None:
+    layer = linear(bias)
+    # Neither what comes in is contiguous, nor the gradient.
+    x = torch.randn(6, 4, 3).permute(2, 1, 0)
     found = []
-    for layer in (ours, plain):
+    for call in (lambda y: project(layer, y), layer):
         y = x.detach().requires_grad_()
-        grads = torch.autograd.grad(layer(y).square().sum(1).sum(), [y, *layer.parameters()])
-        found.append(grads)
+        out = call(y).sum(1).exp().sum(0, keepdim=True).expand(3, -1)
+        found.append(torch.autograd.grad(out.sum(), [y, *layer.parameters()]))
     for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, atol=10 * tolerance)
+        torch.testing.assert_close(a, b)
+    # Forward, and the gradient of x.
+    assert asked == ["none", "none"]
 
 
 def test_gradients_of_gradients(asked: list[str]) -> None:
-    x = torch.randn(3, 6)
+    layer, x = linear(), torch.randn(3, 6)
     found = []
-    for layer in pair():
+    for call in (lambda y: project(layer, y), layer):
         y = x.detach().requires_grad_()
-        (first,) = torch.autograd.grad(layer(y).tanh().sum(), y, create_graph=True)
+        (first,) = torch.autograd.grad(call(y).tanh().sum(), y, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), [y, *layer.parameters()]))
     for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+        torch.testing.assert_close(a, b)
     assert len(asked) >= 2
 
 
-def test_a_part_that_is_not_trained(asked: list[str]) -> None:
-    for trained in ("weight", "bias", None):
-        ours, plain = pair()
-        x = torch.randn(3, 6)
-        y, z = (x.detach().requires_grad_(trained is None) for _ in range(2))
-        for layer in (ours, plain):
-            for name, p in layer.named_parameters():
-                p.requires_grad_(name == trained)
-        ours(y).square().sum().backward()
-        plain(z).square().sum().backward()
-        for a, b in ((y, z), *zip(ours.parameters(), plain.parameters(), strict=True)):
-            assert (a.grad is None) == (b.grad is None)
-            assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-5)
+def keep(kept: list[Tensor], x: Tensor) -> Tensor:
+    kept.append(x)
+    return x
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "x", None])
+def test_only_what_learns_keeps_something(asked: list[str], trained: str | None) -> None:
+    found = []
+    layer = linear()
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name == trained)
+    x = torch.randn(3, 6)
+    for call in (lambda y: project(layer, y), layer):
+        y = x.detach().requires_grad_(trained == "x")
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(keep, kept), lambda z: z):
+            out = call(y)
+        assert out.requires_grad == (trained is not None)
+        layer.zero_grad()
+        if trained is not None:
+            out.square().sum().backward()
+        grads = [p.grad for p in (y, *layer.parameters())]
+        assert sum(grad is not None for grad in grads) == (trained is not None)
+        found.append((len(kept), [grad for grad in grads if grad is not None]))
+    (ours, a), (theirs, b) = found
+    assert ours <= theirs
+    torch.testing.assert_close(a, b)
     assert asked
+
+
+def test_half_precision_learns_by_pytorchs_own(asked: list[str]) -> None:
+    layer, x = linear().bfloat16(), torch.randn(3, 6, dtype=torch.bfloat16)
+    assert torch.equal(project(layer, x), layer(x))
+    assert asked == []
 
 
 class Watched(Tensor):
     """A tensor that is told of every operation."""
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda layer, x: torch.func.vmap(layer)(x),
-        lambda layer, x: torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1],
-        lambda layer, x: torch.func.grad(lambda y: layer(y).sum())(x),
-        lambda layer, x: torch.autocast("cpu")(layer)(x),
-        lambda layer, x: layer(x.as_subclass(Watched)),
-        lambda layer, x: layer.double()(x.double()),
-        lambda layer, x: torch._C._set_mkldnn_enabled(False) or layer(x),
-    ],
-    ids=["vmap", "jvp", "grad", "autocast", "subclass", "float64", "switched off"],
-)
-def test_pytorchs_own_where_it_matters(
-    asked: list[str], call: Callable[[nn.Linear, Tensor], Tensor]
-) -> None:
-    (ours, plain), x = pair(), torch.randn(3, 6)
+def traced(layer: nn.Linear, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
+    layer.requires_grad_(False)
+    return torch.jit.trace(lambda y: call(layer, y), x, check_trace=False)(x)
+
+
+def counted(layer: nn.Linear, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
+    with FlopCounterMode(display=False) as counter:
+        call(layer, x)
+    return torch.tensor(counter.get_total_flops())
+
+
+def switched_off(layer: nn.Linear, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
     try:
-        assert torch.equal(call(ours, x), call(plain, x))
+        torch._C._set_mkldnn_enabled(False)
+        return call(layer, x)
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda layer, x, call: torch.func.vmap(lambda y: call(layer, y))(x),
+        lambda layer, x, call: torch.func.jvp(lambda y: call(layer, y), (x,), (x.cos(),))[1],
+        lambda layer, x, call: torch.func.grad(lambda y: call(layer, y).sum())(x),
+        lambda layer, x, call: torch.autocast("cpu")(call)(layer, x),
+        lambda layer, x, call: call(layer, x.as_subclass(Watched)),
+        lambda layer, x, call: call(layer.double(), x.double()),
+        lambda layer, x, call: torch.jit.trace(lambda y: call(layer.requires_grad_(False), y), x)(
+            x
+        ),
+        counted,
+        switched_off,
+    ],
+    ids=[
+        "vmap",
+        "jvp",
+        "grad",
+        "autocast",
+        "subclass",
+        "float64",
+        "tracer",
+        "modes",
+        "switched off",
+    ],
+)
+def test_pytorchs_own_where_it_matters(asked: list[str], look: Callable[..., Tensor]) -> None:
+    layer, x = linear(), torch.randn(3, 6)
+    assert torch.equal(look(layer, x, project), look(layer, x, nn.Linear.__call__))
+    assert asked == []
+
+
+def test_layers_that_do_more(asked: list[str]) -> None:
+    layer, x = linear(), torch.randn(3, 6)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(project(Doubled(layer), x), 2 * expected)
+        seen = []
+        handle = layer.register_forward_hook(lambda *args: seen.append(args[2]))
+        project(layer, x)
+        handle.remove()
+        handle = layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+        assert torch.equal(project(layer, x), layer(x))
+        handle.remove()
+        layer.forward = lambda _: 3 * expected
+        assert torch.equal(project(layer, x), 3 * expected)
+        del layer.forward
+        with torch.nn.utils.parametrize.cached():
+            torch.nn.utils.parametrizations.weight_norm(layer)
+            torch.testing.assert_close(project(layer, x), expected)
+    assert len(seen) == 1
     assert asked == []
 
 
 def test_pytorch_refuses_what_does_not_fit(asked: list[str]) -> None:
-    ours, _ = pair()
-    for x, of_bias in ((torch.randn(3, 5), torch.float32), (torch.randn(3, 6), torch.float64)):
-        ours.bias = nn.Parameter(torch.zeros(5, dtype=of_bias))
-        with pytest.raises(RuntimeError):
-            ours(x)
+    x, weight = torch.randn(3, 6), torch.randn(5, 6)
+    for y, bias in (
+        (x[:, :5], None),
+        (x, torch.zeros(5, dtype=torch.float64)),
+        (x, torch.zeros(4)),
+    ):
+        with pytest.raises(RuntimeError) as ours:
+            multiply(y, weight, bias)
+        with pytest.raises(RuntimeError) as theirs:
+            F.linear(y, weight, bias)
+        assert str(ours.value) == str(theirs.value)
+    # And what only PyTorch can do.
+    assert torch.equal(multiply(x.to_sparse(), weight), F.linear(x.to_sparse(), weight))
     assert asked == []
 
 
 def test_the_activation_is_part_of_a_product(asked: list[str]) -> None:
-    body = FeedForward(6, linear=Linear)
+    body = FeedForward(6)
     x = torch.randn(2, 3, 6)
-    expected = body.outer(F.gelu(body.inner(x)))
-    assert torch.allclose(feed_forward(body, x), expected, atol=1e-6)
+    expected = body(x)
+    torch.testing.assert_close(feed_forward(body, x), expected)
     assert "gelu" not in asked
     with torch.no_grad():
-        assert torch.allclose(feed_forward(body, x), expected, atol=1e-5)
+        torch.testing.assert_close(feed_forward(body, x), expected)
     assert "gelu" in asked
 
 
 @torch.no_grad()
-def test_a_feed_forward_layer_that_somebody_looks_at(asked: list[str]) -> None:
+def test_a_feed_forward_layer_that_does_more(asked: list[str]) -> None:
     x = torch.randn(2, 3, 6)
-    body = FeedForward(6, linear=Linear)
-    seen = []
-    body.inner.register_forward_hook(lambda *args: seen.append(args[2]))
-    feed_forward(body, x)
-    assert len(seen) == 1
-    body = FeedForward(6, linear=Linear)
+    body = FeedForward(6)
     body.inner = Doubled(body.inner)
-    assert torch.equal(feed_forward(body, x), body(x))
-    body = FeedForward(6, dropout=0.5, linear=Linear)
-    assert (feed_forward(body, x) != feed_forward(body, x)).any()
-    body.eval()
-    assert "gelu" not in asked
+    torch.testing.assert_close(feed_forward(body, x), body(x))
+    body = FeedForward(6)
+    seen = []
+    body.register_forward_hook(lambda *_: seen.append("body"))
     feed_forward(body, x)
-    assert "gelu" in asked
-    with pytest.raises(ValueError, match=r"\(\.\.\., 6\)"):
-        feed_forward(body, x[..., :5])
+    body.register_forward_hook(lambda *args: args[2] * 0)
+    assert feed_forward(body, x).eq(0).all()
+    assert len(seen) == 2
+    assert "gelu" not in asked
+    # Dropout alone in training mode, as where several answers are drawn.
+    body = FeedForward(6, dropout=0.5).eval()
+    assert torch.equal(feed_forward(body, x), feed_forward(body, x))
+    body.dropout.train()
+    assert (feed_forward(body, x) != feed_forward(body, x)).any()
+    body.dropout = nn.Identity()
+    torch.testing.assert_close(feed_forward(body, x), body(x))
+    body = FeedForward(6, gated=True)
+    assert torch.equal(feed_forward(body, x), body(x))
 
 
 class Doubled(nn.Module):
@@ -167,50 +262,3 @@ class Doubled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * self.layer(x)
-
-
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_token_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, adapted: bool
-) -> None:
-    monkeypatch.setattr(products, "LONG", 1)
-    decoder = Decoder(16, 2, 4).to(dtype).eval()
-    layers = list(decoder.layers)
-    if adapted:
-        layers[0].self_attn.body.to_kv = Doubled(layers[0].self_attn.body.to_kv)
-        layers[1].feed_forward.body.inner = Doubled(layers[1].feed_forward.body.inner)
-    x, context = torch.randn(1, 7, 16, dtype=dtype), torch.randn(1, 3, 16, dtype=dtype)
-    expected = decoder(x, context)
-    state = decoder.init_state(1, 7, context)
-    of_attention, of_feed_forward = zip(*state.rows, strict=True)
-    assert [row is None for row in of_attention] == [adapted, False]
-    assert [row is None for row in of_feed_forward] == [False, adapted]
-    calls = []
-    original = RowProduct.__call__
-    monkeypatch.setattr(
-        RowProduct, "__call__", lambda row, y: calls.append(row) or original(row, y)
-    )
-    out, state = decoder.step(x[:, :3], state)
-    assert calls == []
-    pieces = [out]
-    for i in range(3, 7):
-        out, state = decoder.step(x[:, i : i + 1], state)
-        pieces.append(out)
-    assert len(calls) == 4 * (2 if adapted else 4)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    assert torch.allclose(torch.cat(pieces, 1), expected, atol=tolerance)
-    # Two continuations of one state are two rows.
-    _, two = decoder.step(x[:, :1], decoder.init_state(1, 7, context))
-    two = two.reorder(torch.tensor([0, 0]))
-    calls.clear()
-    both, _ = decoder.step(x[:, 1:2].expand(2, -1, -1), two)
-    assert calls == []
-    assert torch.allclose(both, expected[:, 1:2].expand(2, -1, -1), atol=tolerance)
-
-
-def test_rows_are_of_a_cpu(device: torch.device) -> None:
-    state = Decoder(512, 1).to(device).init_state(1, 4)
-    assert all((row is None) == (device.type != "cpu") for row in state.rows[0])
-    assert state.to("meta").rows == ((None, None),)
-    assert Decoder(512, 1).init_state(2, 4).rows == ((None, None),)

@@ -16,19 +16,12 @@ class FeedForward(nn.Module):
     """Position-wise feed-forward layer with exact GELU, or GEGLU (Shazeer, arXiv 2002.05202).
 
     GELU: `outer(gelu(inner(x)))`, `mult` times as wide inside. GEGLU (`gated`): `inner` is twice as
-    wide again, `outer(first half * gelu(second half))`. Dropout acts before `outer`. `linear` is
-    the class of `inner` and `outer`.
+    wide again, `outer(first half * gelu(second half))`. Dropout acts before `outer`.
     Raises ValueError for `dim` or `mult` below 1 and for `dropout` outside [0, 1].
     """
 
     def __init__(
-        self,
-        dim: int,
-        mult: int = 4,
-        *,
-        dropout: float = 0.0,
-        gated: bool = False,
-        linear: type[nn.Linear] = nn.Linear,
+        self, dim: int, mult: int = 4, *, dropout: float = 0.0, gated: bool = False
     ) -> None:
         if dim < 1 or mult < 1:
             raise ValueError(f"dim and mult must be at least 1, got dim={dim} and mult={mult}")
@@ -36,9 +29,9 @@ class FeedForward(nn.Module):
             raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         super().__init__()
         self.gated: bool = gated
-        self.inner: nn.Linear = linear(dim, dim * mult * (2 if gated else 1))
+        self.inner: nn.Linear = nn.Linear(dim, dim * mult * (2 if gated else 1))
         self.dropout: nn.Dropout = nn.Dropout(dropout)
-        self.outer: nn.Linear = linear(dim * mult, dim)
+        self.outer: nn.Linear = nn.Linear(dim * mult, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d). Raises ValueError for another width."""

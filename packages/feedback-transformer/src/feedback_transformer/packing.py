@@ -72,6 +72,9 @@ class PackedPair:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out) in the type of x, computed in float32, without gradients."""
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self(x, bias)
         rows = x.numel() // x.shape[-1]
         # Columns whose numbers follow one another are multiplied several times faster.
         flat = x.detach().to(self._parts.dtype).reshape(rows, -1).contiguous()

@@ -1,8 +1,7 @@
 """Softmax attention with a learned bias by distance: what every layer computes.
 
-While training, an opaque operator takes a few queries of a few heads at a time, so that their
-logits stay in a core's cache, and its backward pass computes them again: nothing of the size n x m
-is kept or biased in full. `torch.compile` and `torch.export` see one node.
+While training, it is an opaque operator, of which nothing of the size n x m is kept or biased in
+full, see `blocks`. `torch.compile` and `torch.export` see one node.
 
 Shapes: b batch, n queries, m keys, h heads, d head width; g pairs of batch and head at a time,
 r queries at a time.
@@ -57,7 +56,7 @@ def attend(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if by_distance is not None:
         by_distance = by_distance.to(q.dtype)
-    # Without a bias a CPU's kernel is the faster one in full precision; for one query always.
+    # Of the CPU's kernel: `blocks` knows how to give it biases, but not masks.
     kernel = q.device.type != "cpu" or q.shape[2] == 1
     kernel |= by_distance is None and q.dtype.itemsize >= 4
     if transformed(q, k, v, by_distance):

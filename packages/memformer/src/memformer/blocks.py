@@ -2,7 +2,8 @@
 
 Logits of a step stay in a core's cache, in room that the next step takes over, and the backward
 pass computes them again: nothing of the size n x m is kept or biased in full. Where PyTorch's own
-kernel is faster, it is given biases of which nothing is written out either.
+kernel is the faster one, it takes their place in the forward pass, and biases are not written out
+for it either.
 
 Shapes: b batch, n queries, m keys, h heads, d head width; g pairs of batch and head at a time,
 r queries at a time.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memformer.attention import attend
 from memformer.checks import check_heads
 from memformer.legacy import attend_legacy
-from memformer.products import Linear, RowProduct, feed_forward, is_plain
+from memformer.products import feed_forward, project
 from shared_core import FeedForward
 
 
@@ -22,37 +22,26 @@ class Attention(nn.Module):
         super().__init__()
         self.heads: int = heads
         self.scale: float = (dim // heads) ** -0.5
-        self.to_q: nn.Linear = Linear(dim, dim)
-        self.to_kv: nn.Linear = Linear(dim, dim * 2)
-        self.to_out: nn.Linear | None = Linear(dim, dim) if project_out else None
+        self.to_q: nn.Linear = nn.Linear(dim, dim)
+        self.to_kv: nn.Linear = nn.Linear(dim, dim * 2)
+        self.to_out: nn.Linear | None = nn.Linear(dim, dim) if project_out else None
 
     def queries(self, x: Tensor) -> Tensor:
         """(b, n, d) -> (b, h, n, d / h), scaled."""
-        q: Tensor = self.to_q(x) * self.scale
-        return self._split(q, 1)[0]
+        q: Tensor = project(self.to_q, x) * self.scale
+        heads: Tensor = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return heads
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(b, m, d) -> keys and values, (b, h, m, d / h) each."""
-        k, v = self._split(self.to_kv(x), 2)
-        return k, v
-
-    def project(self, x: Tensor, row: RowProduct | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(b, n, d) -> `queries`, and both `keys_values`; `row` of `to_q` and `to_kv` gives all."""
-        if row is None:
-            return self.queries(x), *self.keys_values(x)
-        q, k, v = self._split(row(x), 3)
-        return q * self.scale, k, v
-
-    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(b, n, parts d) -> parts, (b, h, n, d / h) each."""
-        split: Tensor = x.unflatten(-1, (parts, self.heads, -1))
-        return split.permute(2, 0, 3, 1, 4).unbind()
+        k, v = project(self.to_kv, x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, out: Tensor) -> Tensor:
         """(b, h, n, d / h) -> (b, n, d)."""
         out = out.transpose(1, 2).flatten(2)
         if self.to_out is not None:
-            out = self.to_out(out)
+            out = project(self.to_out, out)
         return out
 
 
@@ -85,12 +74,12 @@ class FeedForwardLayer(nn.Module):
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.norm: nn.LayerNorm = nn.LayerNorm(dim)
-        self.body: FeedForward = FeedForward(dim, dropout=dropout, linear=Linear)
+        self.body: FeedForward = FeedForward(dim, dropout=dropout)
         self.dropout: nn.Dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, row: RowProduct | None = None) -> Tensor:
-        """(..., d) -> (..., d); `row` of its first layer, for a single row."""
-        out: Tensor = x + self.dropout(feed_forward(self.body, self.norm(x), row))
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        out: Tensor = x + self.dropout(feed_forward(self.body, self.norm(x)))
         return out
 
 
@@ -128,14 +117,6 @@ class Layer(nn.Module):
     def cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """x (b, n, d) and what it finds in keys and values of a context, (b, h, m, d / h)."""
         return self.cross_attn.add(x, attend(self.cross_attn.queries(x), k, v, None, mask))
-
-    def row_products(self) -> tuple[RowProduct | None, RowProduct | None]:
-        """Of queries, keys and values, and of the feed-forward layer; None where it is no gain."""
-        attention, hidden = self.self_attn.body, self.feed_forward.body
-        return (
-            RowProduct.of(attention.to_q, attention.to_kv),
-            RowProduct.of(hidden.inner) if is_plain(hidden, FeedForward) else None,
-        )
 
     def _forward_legacy(
         self,

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memformer.products import RowProduct
-
 
 class DecoderState(NamedTuple):
     """Keys and values of all layers, in room for a whole sequence.
@@ -25,8 +23,6 @@ class DecoderState(NamedTuple):
         cross_mask: (b, m) boolean, or None.
         by_distance: (h, 2 j - 1) biases, the largest distance first.
         length: tokens seen so far.
-        rows: weights of each layer laid out for a single token, of queries, keys and values and of
-            the feed-forward layer; None where they do not pay.
     """
 
     keys: tuple[Tensor, ...]
@@ -37,7 +33,6 @@ class DecoderState(NamedTuple):
     cross_mask: Tensor | None
     by_distance: Tensor
     length: int
-    rows: tuple[tuple[RowProduct | None, RowProduct | None], ...]
 
     def reorder(self, rows: Tensor) -> DecoderState:
         """A copy with these rows (i,) of the batch, each as often as it is named: beam search."""
@@ -52,10 +47,7 @@ class DecoderState(NamedTuple):
 
     def to(self, device: torch.device | str) -> DecoderState:
         """On a device, in the same room if it is there already."""
-        state = self._map(lambda x: x.to(device))
-        if torch.device(device).type == "cpu":
-            return state
-        return state._replace(rows=((None, None),) * len(self.rows))
+        return self._map(lambda x: x.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> DecoderState:
         return DecoderState(
@@ -67,7 +59,6 @@ class DecoderState(NamedTuple):
             None if self.cross_mask is None else change(self.cross_mask),
             change(self.by_distance),
             self.length,
-            self.rows,
         )
 
     def hide(self, mask: Tensor) -> DecoderState:

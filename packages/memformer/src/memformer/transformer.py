@@ -25,7 +25,7 @@ from memformer.checks import (
 )
 from memformer.layers import Layer
 from memformer.legacy import LAYER_KEYS, check_legacy_options
-from memformer.products import Linear, multiply
+from memformer.products import multiply, project
 from memformer.state import DecoderState
 from shared_core import RelativePositionBias, register_key_map
 
@@ -233,7 +233,6 @@ class Decoder(Blocks):
             tgt_mask,
             self.by_distance(room, room).to(like.dtype),
             0,
-            tuple(layer.row_products() if batch == 1 else (None, None) for layer in self._layers()),
         )
 
     @torch.no_grad()
@@ -254,20 +253,18 @@ class Decoder(Blocks):
             x = x.masked_fill(~mask[..., None], 0.0) if mask is not None else x
         seen = None if state.mask is None else state.mask[:, :m]
         by_distance = state.by_distance[:, room - m : room + t - 1]
-        rows = state.rows if x.shape[:2] == (1, 1) else ((None, None),) * len(self.layers)
         for i, layer in enumerate(self._layers()):
-            of_attention, of_feed_forward = rows[i]
             body, normed = layer.self_attn.body, layer.self_attn.norm(x)
-            q, k, v = body.project(normed, of_attention)
+            k, v = body.keys_values(normed)
             keys, values = state.keys[i], state.values[i]
             keys[:, :, state.length : m], values[:, :, state.length : m] = k, v
             keys, values = keys[:, :, :m], values[:, :, :m]
-            found = attend(q, keys, values, by_distance, seen, causal=True)
+            found = attend(body.queries(normed), keys, values, by_distance, seen, causal=True)
             x = layer.self_attn.add(x, found)
             if state.cross_keys:
                 k, v = state.cross_keys[i], state.cross_values[i]
                 x = layer.cross(x, k, v, state.cross_mask)
-            x = layer.feed_forward(x, of_feed_forward)
+            x = layer.feed_forward(x)
         return x, state._replace(length=m)
 
 
@@ -321,7 +318,7 @@ class TransformerWrapper(nn.Module):
         if tie_embeddings:
             self.logits_bias = nn.Parameter(torch.zeros(num_tokens))
         elif return_logits:
-            self.to_logits = Linear(dim, num_tokens)
+            self.to_logits = nn.Linear(dim, num_tokens)
 
     @property
     def legacy(self) -> bool:
@@ -386,5 +383,5 @@ class TransformerWrapper(nn.Module):
             hidden = hidden * self.token_emb.embedding_dim**-0.5
             hidden = multiply(hidden, self.token_emb.weight, self.logits_bias)
         elif self.to_logits is not None:
-            hidden = self.to_logits(hidden)
+            hidden = project(self.to_logits, hidden)
         return hidden
