@@ -153,9 +153,7 @@ def switched_off(layer: nn.Linear, x: Tensor, call: Callable[..., Tensor]) -> Te
         lambda layer, x, call: torch.autocast("cpu")(call)(layer, x),
         lambda layer, x, call: call(layer, x.as_subclass(Watched)),
         lambda layer, x, call: call(layer.double(), x.double()),
-        lambda layer, x, call: torch.jit.trace(lambda y: call(layer.requires_grad_(False), y), x)(
-            x
-        ),
+        traced,
         counted,
         switched_off,
     ],
