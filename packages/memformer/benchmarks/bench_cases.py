@@ -79,11 +79,13 @@ def passes() -> Iterator[Case]:
 def replays() -> Iterator[Case]:
     for every in (True, False):
         arguments = {"segments": 4, "every": every}
+        again = arguments | {"checkpoint_layers": True}
         yield Case(
             f"training step, 4 segments, {'a target each' if every else 'a target for the last'}",
             "time",
             [
                 Subject("ours", replay, arguments),
+                Subject("ours, layers run again", replay, again),
                 Subject("all segments at once", at_once, arguments),
                 *(
                     []
@@ -93,6 +95,7 @@ def replays() -> Iterator[Case]:
             ],
             [
                 Target("ours", per="all segments at once", at_most=1.15 if every else None),
+                Target("ours, layers run again", per="ours"),
                 *([] if every else [Target("reference", per="ours")]),
             ],
             note="ours: replay.",
@@ -121,17 +124,21 @@ def decoding() -> Iterator[Case]:
 
 def remembered() -> Iterator[Case]:
     warm = {"segments": 2, "n": 16}
+    again = {"checkpoint_layers": True}
     yield Case(
         "peak memory of a training step, 8 segments",
         "memory",
         [
             Subject("ours", replay, {"segments": 8}, warm),
+            Subject("ours, layers run again", replay, again | {"segments": 8}, again | warm),
             Subject("all segments at once", at_once, {"segments": 8}, warm),
             Subject("reference", replay, {"segments": 8}, warm, environment="reference"),
         ],
         [
             Target("ours", per="reference", at_most=0.25),
             Target("ours", per="all segments at once", at_most=0.1),
+            Target("ours, layers run again", per="reference"),
+            Target("ours, layers run again", per="all segments at once"),
         ],
         note="ours: replay. The gradients are among it.",
     )

@@ -65,11 +65,13 @@ def backward(*, device: str, dtype: str = "float32") -> Run:
     return run
 
 
-def replay(*, device: str, segments: int, n: int = TOKENS, every: bool = False) -> Run:
+def replay(
+    *, device: str, segments: int, n: int = TOKENS, every: bool = False, **options: Any
+) -> Run:
     """A target for the last segment, or for every one."""
     from memformer import memory_replay_backprop
 
-    model = build(device, n=n)
+    model = build(device, n=n, **options)
     src, tgt = tokens(1, segments * n, device=device), tokens(1, n, device=device, seed=1)
     # The reference knows no targets of other segments.
     targets: Any = [tgt] * segments if every else tgt

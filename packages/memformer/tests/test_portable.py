@@ -64,6 +64,11 @@ def test_compiles_the_other_writer(make_model: MakeModel, tokens: Tokens) -> Non
     assert_compiles(model, (tokens(2, 6), tokens(2, 5, seed=2)))
 
 
+def test_compiles_layers_that_are_run_again(make_model: MakeModel, tokens: Tokens) -> None:
+    model = make_model(enc_depth=1, dec_depth=1, checkpoint_layers=True).float()
+    assert_compiles(model, (tokens(2, 6), tokens(2, 5, seed=2)))
+
+
 def test_exports_any_length(make_model: MakeModel, tokens: Tokens, writer: str) -> None:
     model = make_model(writer=writer).float().eval()
     n, t = torch.export.Dim("n", min=2, max=9), torch.export.Dim("t", min=3, max=9)

@@ -339,6 +339,55 @@ def test_dropout_is_replayed(make_model: MakeModel, tokens: Tokens, which: str) 
     assert torch.equal(torch.rand(1), after)
 
 
+@pytest.mark.parametrize("which", ["all", "last"])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"writer": "bmn"}, {"legacy": True}])
+def test_layers_that_are_run_again(
+    make_model: MakeModel, tokens: Tokens, which: str, options: dict[str, Any]
+) -> None:
+    src, tgts = inputs(tokens, which)
+    model = make_model(**options)
+    torch.manual_seed(7)
+    expected = at_once(model, src, tgts)
+    after = torch.rand(1)
+    model = make_model(checkpoint_layers=True, **options)
+    for run in (at_once, memory_replay_backprop):
+        model.zero_grad()
+        torch.manual_seed(7)
+        got = run(model, src, tgts)
+        if run is memory_replay_backprop:
+            assert_equal(got, model, expected)
+        else:
+            torch.testing.assert_close(got, expected)
+        assert torch.equal(torch.rand(1), after)
+
+
+def test_layers_that_are_run_again_keep_less(make_model: MakeModel, tokens: Tokens) -> None:
+    src, tgt = tokens(2, N), tokens(2, N, seed=2)
+    kept = []
+    for again in (False, True):
+        model = make_model(checkpoint_layers=again)
+        sizes: list[int] = []
+        own = {p.data_ptr() for p in model.parameters()}
+
+        def keep(x: Tensor, own: set[int] = own, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(0 if x.data_ptr() in own else x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model(src, tgt)
+        kept.append(sum(sizes))
+        calls = []
+        for layer in (*model.encoder.layer_blocks.layers, *model.decoder.net.layer_blocks.layers):
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        out.dec_out.backward()
+        # Each layer once more.
+        assert len(calls) == (4 if again else 0)
+        with torch.no_grad():
+            model(src, tgt)
+        assert len(calls) == (8 if again else 4)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_gradients_are_added(make_model: MakeModel, tokens: Tokens) -> None:
     src, tgts = inputs(tokens, "all")
     model = make_model()

@@ -78,6 +78,8 @@ class Memformer(nn.Module):
         dropout: of embeddings, of what each sublayer adds, inside feed-forward layers.
         tie_embeddings: the decoder's logits are products with its token embeddings.
         max_distance: from which on all distances share a position bias.
+        checkpoint_layers: run each layer again for its gradient, and keep only what it was given:
+            less memory, more time. Numbers stay, dropout included.
         legacy: reproduce the numbers of memformer 0.3.1.
 
     Raises:
@@ -106,6 +108,7 @@ class Memformer(nn.Module):
         dropout: float = 0.0,
         tie_embeddings: bool = False,
         max_distance: int = 128,
+        checkpoint_layers: bool = False,
         legacy: bool = False,
     ) -> None:
         check_positive(num_memory_slots=num_memory_slots)
@@ -141,6 +144,7 @@ class Memformer(nn.Module):
                 max_distance=max_distance,
                 dropout=dropout,
                 context_scale=1.0 if gru else dim**0.5,
+                checkpoint_layers=checkpoint_layers,
                 legacy=legacy,
             ),
             return_logits=False,
@@ -163,6 +167,7 @@ class Memformer(nn.Module):
                     dec_heads,
                     max_distance=max_distance,
                     dropout=dropout,
+                    checkpoint_layers=checkpoint_layers,
                     legacy=legacy,
                 ),
                 tie_embeddings=tie_embeddings,

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memformer.attention import attend
 from memformer.checks import (
@@ -27,7 +28,7 @@ from memformer.layers import Layer
 from memformer.legacy import LAYER_KEYS, check_legacy_options
 from memformer.products import multiply, project
 from memformer.state import DecoderState
-from shared_core import RelativePositionBias, register_key_map
+from shared_core import RelativePositionBias, register_key_map, transformed
 
 
 class Blocks(nn.Module):
@@ -39,6 +40,7 @@ class Blocks(nn.Module):
         max_distance: from which on all distances share a bias.
         dropout: of what each sublayer adds, and inside the feed-forward layers.
         context_scale: factor of the context, for one that is not of unit variance.
+        checkpoint_layers: run each layer again for its gradient, and keep only what it was given.
         legacy: reproduce the numbers of memformer 0.3.1.
 
     Raises:
@@ -55,6 +57,7 @@ class Blocks(nn.Module):
         max_distance: int,
         dropout: float,
         context_scale: float,
+        checkpoint_layers: bool,
         legacy: bool,
     ) -> None:
         check_heads(dim, heads)
@@ -66,6 +69,7 @@ class Blocks(nn.Module):
         self.dim: int = dim
         self.causal: bool = causal
         self.context_scale: float = context_scale
+        self.checkpoint_layers: bool = checkpoint_layers
         self.legacy: bool = legacy
         # The reference has the two rules the wrong way round.
         self.rel_pos_emb: RelativePositionBias = RelativePositionBias(
@@ -97,8 +101,11 @@ class Blocks(nn.Module):
             x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
             context = self._prepare(context, context_mask)
         by_distance = self.by_distance(x.shape[1], x.shape[1])
+        again = self.checkpoint_layers and torch.is_grad_enabled()
+        again = again and not transformed(x, context, by_distance)
         for layer in self.layers:
-            x = layer(x, context, by_distance, mask, context_mask)
+            given = x, context, by_distance, mask, context_mask
+            x = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
         return x
 
     def _prepare(self, context: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -133,6 +140,7 @@ class Encoder(Blocks):
         max_distance: int = 128,
         dropout: float = 0.0,
         context_scale: float = 1.0,
+        checkpoint_layers: bool = False,
         legacy: bool = False,
     ) -> None:
         super().__init__(
@@ -143,6 +151,7 @@ class Encoder(Blocks):
             max_distance=max_distance,
             dropout=dropout,
             context_scale=context_scale,
+            checkpoint_layers=checkpoint_layers,
             legacy=legacy,
         )
 
@@ -167,6 +176,7 @@ class Decoder(Blocks):
         *,
         max_distance: int = 128,
         dropout: float = 0.0,
+        checkpoint_layers: bool = False,
         legacy: bool = False,
     ) -> None:
         super().__init__(
@@ -177,6 +187,7 @@ class Decoder(Blocks):
             max_distance=max_distance,
             dropout=dropout,
             context_scale=1.0,
+            checkpoint_layers=checkpoint_layers,
             legacy=legacy,
         )
 
