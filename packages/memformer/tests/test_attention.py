@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memformer import attention, blocks
 from shared_core.testing import assert_compiles, assert_same_gradients
@@ -55,20 +56,33 @@ def blocked(mask: Tensor | None, causal: bool) -> Callable[..., Tensor]:
 @given(
     b=SIZES, h=st.integers(1, 3), n=SIZES, more=st.integers(0, 3), causal=st.booleans(),
     masked=st.booleans(), biased=st.booleans(), room=st.sampled_from([1, 8, 40, 10**6]),
+    kernel=st.booleans(), rows=st.sampled_from([1, 2, 256]),
 )  # fmt: skip
 def test_blocks_equal_loops(
-    b: int, h: int, n: int, more: int, causal: bool, masked: bool, biased: bool, room: int
+    b: int,
+    h: int,
+    n: int,
+    more: int,
+    causal: bool,
+    masked: bool,
+    biased: bool,
+    room: int,
+    kernel: bool,
+    rows: int,
 ) -> None:
+    """And where there is no mask the kernel does, which a caller may have switched off."""
     device = torch.device("cpu")
     m = n + more if causal else max(1, n + more - 2)
     mask = torch.rand(b, m) < 0.6 if masked else None
     given = inputs(b, h, n, m, device)[: 4 if biased else 3]
-    before = blocks.WORKING_SET
-    blocks.WORKING_SET = room
+    backend = SDPBackend.FLASH_ATTENTION if kernel else SDPBackend.EFFICIENT_ATTENTION
+    before = blocks.WORKING_SET, blocks.CAUSAL_ROWS
+    blocks.WORKING_SET, blocks.CAUSAL_ROWS = room, rows
     try:
-        assert_same_gradients(blocked(mask, causal), plain(mask, causal), given)
+        with sdpa_kernel(backend):
+            assert_same_gradients(blocked(mask, causal), plain(mask, causal), given)
     finally:
-        blocks.WORKING_SET = before
+        blocks.WORKING_SET, blocks.CAUSAL_ROWS = before
 
 
 @pytest.mark.parametrize(

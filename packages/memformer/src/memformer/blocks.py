@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import flash_sdp_enabled
 
 # Logits that are worked on at a time: what a core's cache holds, and what keeps an accelerator
 # busy.
@@ -72,6 +73,7 @@ def forward(
     # In half precision the kernel is slower; with a mask each row of a batch needs its own biases.
     if (
         q.device.type == "cpu"
+        and flash_sdp_enabled()
         and q.dtype.itemsize >= 4
         and mask is None
         and q.shape[2] <= k.shape[2]
