@@ -223,16 +223,16 @@ class Packs:
         marks = _Marks.of(weight, source)
         # Another thread may drop it, or keep another, between two looks.
         kept = self._kept.get(name)
-        known = kept is not None and marks is not None and marks.same(kept[0])
+        same = kept is not None and marks is not None and marks.same(kept[0])
+        found = kept[1] if kept is not None and same else None
         kind: type[AnyPacked] = PackedHalf if half else PackedPair if pair else Packed
-        if kept is not None and known and type(kept[1]) is kind:
-            return kept[1]
-        if half and not fits_half(weight, rows):
+        # Whether float16 fits is asked last, since it takes a look at all numbers.
+        if not isinstance(found, kind) and half and not fits_half(weight, rows):
             kind = Packed
-            if kept is not None and known and type(kept[1]) is kind:
-                return kept[1]
+        if isinstance(found, kind):
+            return found
         # Before the other is made: two of them would be held, and one would do.
-        del kept
+        del kept, found
         self._kept.pop(name, None)
         made = kind(weight)
         if marks is not None:
