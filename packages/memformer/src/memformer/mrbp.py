@@ -137,11 +137,14 @@ def memory_replay_backprop(
     last_back = max((i for i in range(1, count) if reached[i] and steps[i].looks_back), default=0)
     stored: dict[int, _Start] = {}
     mem, context = mems, None
+    random_state = _RandomState(steps[0].src)
     with torch.no_grad():
         for i, step in enumerate(steps):
             if reached[i]:
                 wanted = context if step.looks_back else None
-                stored[i] = _Start(mem, wanted, _RandomState(step.src))
+                # One for all segments where nothing is drawn.
+                random_state = random_state.now(step.src)
+                stored[i] = _Start(mem, wanted, random_state)
             if i < count - 1 or i != last:
                 out = step.run(inner, mem, decode=draws)
                 mem = out.mem
@@ -319,6 +322,12 @@ class _RandomState:
         self.kind: str = like.device.type
         self.cpu: Tensor = torch.get_rng_state()
         self.devices, self.states = get_device_states(like)
+
+    def now(self, like: Tensor) -> _RandomState:
+        """The state as it is; this one, if it has not changed."""
+        now = _RandomState(like)
+        pairs = zip((self.cpu, *self.states), (now.cpu, *now.states), strict=True)
+        return self if all(torch.equal(x, y) for x, y in pairs) else now
 
     @contextmanager
     def restored(self, really: bool) -> Iterator[None]:
