@@ -200,6 +200,13 @@ def test_sample_draws_from_the_softmax(device: torch.device, temperature: float)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_of_the_most_likely(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.randint(3, (50, 40)).to(device, dtype)
+    first = [row.index(max(row)) for row in x.tolist()]
+    assert sample(x, temperature=0).tolist() == first
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sample_at_extreme_temperatures(device: torch.device, dtype: torch.dtype) -> None:
     x = torch.randn(200, 9).to(device, dtype)
     x[:, 4] = -math.inf
