@@ -12,7 +12,7 @@ import lzma
 import os
 import sysconfig
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -228,6 +228,9 @@ def compressors(corpus: Corpus) -> dict[str, float]:
     for name, job in jobs.items():
         # Whoever interrupts the program does not wait for xz.
         Thread(target=_fulfil, args=(sizes[name], job), daemon=True).start()
+    # A wait without end would miss an interrupt that comes just before it begins.
+    while wait(sizes.values(), timeout=0.2).not_done:
+        pass
     return {name: 8 * size.result() / len(text) for name, size in sizes.items()}
 
 
