@@ -7,6 +7,7 @@ machine that is prepared already, `nox --no-venv --no-install` uses what is inst
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -95,10 +96,11 @@ def typing(session: nox.Session) -> None:
     install(session, *everything(session), *group("typing"))
     sources = [str(found.source) for found in DISTRIBUTIONS.values()]
     session.run("mypy", *sources, "noxfile.py", *map(str, TOOLS.glob("*.py")), log=False)
-    for kind in ("examples", "benchmarks"):
-        for folder in ROOT.glob(f"packages/*/{kind}"):
+    for examples in ROOT.glob("packages/*/examples"):
+        path = os.pathsep.join(map(str, (TOOLS, examples)))
+        for folder in (examples, examples.parent / "benchmarks"):
             # Apart, since every package has a demo.py and a bench_cases.py.
-            session.run("mypy", str(folder), env={"MYPYPATH": str(TOOLS)}, log=False)
+            session.run("mypy", str(folder), env={"MYPYPATH": path}, log=False)
     for found in DISTRIBUTIONS.values():
         verify = ("pyright", "--ignoreexternal", "--verifytypes", found.import_name)
         # Long, and shown only where it fails.

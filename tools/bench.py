@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from workers import Worker, WorkerError
 
 TOOLS = Path(__file__).resolve().parent
 # The code that a cached sample depends on, beside the package itself.
-MEASURING = ("bench.py", "bench_worker.py", "bench_case.py", "workers.py")
+MEASURING = ("bench.py", "bench_worker.py", "bench_case.py", "peak_memory.py", "workers.py")
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,25 @@ class Sides:
     def __contains__(self, environment: str) -> bool:
         return environment in self._pythons
 
-    def start(self, environment: str) -> Worker:
+    def start(self, environment: str, variables: Mapping[str, str]) -> Worker:
         # Ours may be run from the source tree; the reference must not see that.
         path = os.environ.get("PYTHONPATH", "") if environment == "ours" else ""
-        return Worker(environment, self._pythons[environment], *self._arguments, path=path)
+        return Worker(
+            environment,
+            self._pythons[environment],
+            *self._arguments,
+            variables={"PYTHONPATH": path, **variables},
+        )
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Open]:
+    def opened(self, variables: Mapping[str, str]) -> Iterator[Open]:
         """A function that returns the one worker of an environment; all end with the context."""
         with contextlib.ExitStack() as stack:
             workers: dict[str, Worker] = {}
 
             def get(environment: str) -> Worker:
                 if environment not in workers:
-                    workers[environment] = stack.enter_context(self.start(environment))
+                    workers[environment] = stack.enter_context(self.start(environment, variables))
                 return workers[environment]
 
             yield get
@@ -123,7 +128,7 @@ def _values(
     case: Case, subjects: list[Subject], sides: Sides, effort: Effort, say: Say
 ) -> dict[str, list[float]]:
     values = {}
-    with sides.opened() as worker:
+    with sides.opened(case.variables) as worker:
         for subject in subjects:
             say(subject.name)
             value = worker(subject.environment).call(
@@ -143,7 +148,7 @@ def _peaks(
     for _ in range(1 if case.once else effort.processes):
         for subject in subjects:
             say(subject.name)
-            with sides.start(subject.environment) as worker:
+            with sides.start(subject.environment, case.variables) as worker:
                 peak = worker.call("peak", limit=effort.limit, title=case.title, name=subject.name)
             peaks[subject.name].append(peak)
     return peaks
@@ -161,7 +166,7 @@ def _times(
     # CPU time of one thread comes first, in processes that are new for every size: threads that
     # exist already would be counted with it.
     modes = {"device": 1} if device == "cuda" else {"cpu": 1, "wall": 0}
-    with sides.opened() as worker:
+    with sides.opened(case.variables) as worker:
         for subject in subjects:
             say(f"{subject.name}, first run")
             worker(subject.environment).call(
@@ -254,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not chosen:
             raise ValueError(f"no case of {package.name} has {options.only!r} in its title")
         sides = Sides(package, options.device, options.reference_python)
-        with sides.opened() as worker:
+        with sides.opened({}) as worker:
             theirs = worker("reference") if "reference" in sides else None
             about = package.describe(worker("ours"), theirs)
         name = f"{package.name}-{options.device}{'-quick' if options.quick else ''}.json"
@@ -266,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (options.resume or options.only) and not cache.load():
             console.print("code, versions or machine have changed: everything is measured anew")
         if options.device == "cuda":
-            with sides.opened() as worker:
+            with sides.opened({}) as worker:
                 about["ceilings"] = worker("ours").call("ceilings", limit=300)
     except (ValueError, WorkerError) as error:
         return fail(console, error)

@@ -1,14 +1,14 @@
 """What a package's benchmarks/bench_cases.py is written in.
 
 That file has one function `cases(device: str) -> list[Case]`. It is imported in both environments:
-ours and the one of the reference, so it imports neither package at its top, only inside the
-`prepare` functions of subjects that run there.
+ours and the one of the reference, so it imports neither package at its top, nor a module of
+packages/<dist>/examples, only inside the `prepare` functions of subjects that run there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Measure = Literal["time", "crossover", "memory", "value"]
@@ -72,6 +72,7 @@ class Case:
         dtype: of the operations counted by `flops`.
         limit: seconds after which a value is given up, where it may take longer than others.
         once: of "memory": one process is enough, since a run takes minutes.
+        variables: of the environment of the processes that measure it.
     """
 
     title: str
@@ -87,6 +88,11 @@ class Case:
     dtype: str = "float32"
     limit: float | None = None
     once: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def without_bounds(self) -> Case:
+        """The same case, whose quotients are only shown."""
+        return replace(self, targets=[Target(one.subject, one.per) for one in self.targets])
 
     def __post_init__(self) -> None:
         names = [subject.name for subject in self.subjects]

@@ -5,7 +5,6 @@ It runs in our environment and in the reference's: nothing but torch is imported
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import importlib
@@ -20,17 +19,15 @@ from typing import Any
 
 import torch
 
+import peak_memory
 from bench_case import Case, Subject
 from workers import load_module, serve
-
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
 
 
 def load_cases(path: Path, device: str) -> list[Case]:
     """The cases of a bench_cases.py for a device."""
-    # For what lies beside it.
-    sys.path.insert(0, str(path.parent))
+    # For what lies beside it, and for what the package's demonstration is made of.
+    sys.path[:0] = [str(path.parent), str(path.parent.parent / "examples")]
     try:
         cases: list[Case] = load_module(path).cases(device)
     except Exception as error:
@@ -132,17 +129,9 @@ class Measurer:
             torch.cuda.synchronize()
             del result
             return torch.cuda.max_memory_allocated() - before
-        if not _CLEAR_REFS.exists():
-            raise RuntimeError(f"peak memory is measured on Linux only: no {_CLEAR_REFS}")
-        # Memory that is free but not given back would be used by the run unseen.
-        ctypes.CDLL(None).malloc_trim(0)
-        # 5 sets the high-water mark to what is in use now; see proc_pid_clear_refs(5).
-        _CLEAR_REFS.write_text("5")
-        before = _status_bytes("VmRSS")
-        result = run()
-        peak = _status_bytes("VmHWM") - before
-        del result
-        return peak
+        if not peak_memory.BEGINS_ANEW:
+            raise RuntimeError("peak memory is measured on Linux only")
+        return peak_memory.peak(run)
 
     def ceilings(self) -> dict[str, float]:
         """What the device reaches: operations a second by type, and bytes a second."""
@@ -183,13 +172,6 @@ def _device_seconds(run: Callable[[], Any], runs: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3 / runs
-
-
-def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
 
 
 def _cpu_model() -> str:

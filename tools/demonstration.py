@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from command import Parser
@@ -81,6 +83,20 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as problem:
         raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
+
+
+def load(examples: Path, *names: str) -> list[ModuleType]:
+    """Modules of a demonstration, which is a script: they import each other from its folder.
+
+    None can be imported afterwards: another package's demonstration has modules of the same names.
+    """
+    sys.path.insert(0, str(examples))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(examples))
+        for path in examples.glob("*.py"):
+            sys.modules.pop(path.stem, None)
 
 
 def silent(_: float) -> None:

@@ -243,11 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
         files = (str(package.cases), str(package.folder / "tests" / "defect_checks.py"))
         script = TOOLS / "parity_worker.py"
         # Ours may be run from the source tree; the reference must not see that.
-        path = os.environ.get("PYTHONPATH", "")
+        path = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         with (
             tempfile.TemporaryDirectory() as folder,
             Worker("reference", options.reference_python, script, "reference", *files) as theirs,
-            Worker("ours", sys.executable, script, "ours", *files, path=path) as ours,
+            Worker("ours", sys.executable, script, "ours", *files, variables=path) as ours,
         ):
             parity = Parity(package, theirs, ours, Path(folder))
             faults = compare(parity, lambda title, lines: show(title, lines, options.verbose))

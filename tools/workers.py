@@ -49,14 +49,18 @@ class Worker:
     """A script in a process of its own, started at the first call and again after it died."""
 
     def __init__(
-        self, name: str, python: str | Path, script: Path, *arguments: str, path: str = ""
+        self,
+        name: str,
+        python: str | Path,
+        script: Path,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """`path` becomes PYTHONPATH there; `name` is how messages call the worker."""
+        """`variables` are set in its environment; `name` is how messages call the worker."""
         self.name = name
         self._command = [str(python), str(script), *arguments]
         self._environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
-        if path:
-            self._environment["PYTHONPATH"] = path
+        self._environment |= variables or {}
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._reader: threading.Thread | None = None

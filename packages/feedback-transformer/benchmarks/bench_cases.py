@@ -7,7 +7,6 @@ unless a case says otherwise.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from bench_speed import PROMPT, reading, saved, sequence, splits, token, token_again
 from bench_words import LENGTH, SEEDS, STEPS, answered, time_to_learn
@@ -21,11 +20,8 @@ def cases(device: str) -> list[Case]:
     found = [*timed(), *generated(), *remembered()]
     if device == "cpu":
         return [*found, *exact(), *claim()]
-    # The bounds are meant for a CPU; elsewhere the quotients alone are shown.
-    return [
-        replace(case, targets=[Target(target.subject, target.per) for target in case.targets])
-        for case in found
-    ]
+    # The bounds are meant for a CPU.
+    return [case.without_bounds() for case in found]
 
 
 def timed() -> Iterator[Case]:

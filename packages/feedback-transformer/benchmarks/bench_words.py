@@ -7,28 +7,17 @@ best for what it is shown against.
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 SEEDS = range(5)
 LENGTH, STEPS = 16, 500
 
 
-def _words() -> ModuleType:
-    # Only where a subject runs: the reference's environment does not have our wheel.
-    folder = str(Path(__file__).resolve().parent.parent / "examples")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module("words")
-
-
 @functools.cache
 def _trained(seed: int, kind: str) -> tuple[list[float], float]:
     """Right answers at every place of words twice as long, and the time that training took."""
-    words = _words()
+    import words
+
     model = words.build(kind, seed)
     trained = words.train(model, LENGTH, seed, steps=STEPS)
     return words.accuracy(model, 2 * LENGTH, seed), trained.seconds

@@ -7,7 +7,6 @@ The memories come with a mask, whose last 48 tokens are padding unless a case sa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from bench_needle import ASKED_OF, SEEDS, TRAINED_ON, answered, learned
 from bench_search import build_time, recall, search_of
@@ -33,11 +32,8 @@ def cases(device: str) -> list[Case]:
     found = [*timed(), *streaming(), *remembered()]
     if device == "cpu":
         return [*found, *vast(), *searched(), *claim()]
-    # The bounds are meant for a CPU; elsewhere the quotients alone are shown.
-    return [
-        replace(case, targets=[Target(target.subject, target.per) for target in case.targets])
-        for case in found
-    ]
+    # The bounds are meant for a CPU.
+    return [case.without_bounds() for case in found]
 
 
 def beside(title: str, arguments: dict[str, object], target: float | None = None) -> Case:

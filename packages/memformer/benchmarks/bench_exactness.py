@@ -6,20 +6,17 @@ Every function prepares a subject of `bench_cases`.
 from __future__ import annotations
 
 import functools
-import importlib
-import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import bench_speed
 import torch
+
+import peak_memory
 
 SEEDS = range(5)
 STEPS = 1500
@@ -133,69 +130,26 @@ def seconds(*, device: str, segments: int) -> Callable[[], float]:
     return measured
 
 
-def peak(*, device: str, kind: str, segments: int, **options: object) -> Callable[[], float]:
-    """MiB that a fresh process's run takes beyond what was held before it.
-
-    What is freed is given back at once: as the C library chooses, fragments of the heap come and go
-    by tens of MiB.
-    """
-    script = """
-import ctypes
-import json
-import sys
-from pathlib import Path
-import torch
-import bench_speed
-
-def status(key):
-    return int(Path("/proc/self/status").read_text().partition(key)[2].split()[0]) / 2**10
-
-torch.set_num_threads(1)
-M_MMAP_THRESHOLD = -3
-ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
-kind, device, segments, options = json.loads(sys.argv[1])
-prepare = getattr(bench_speed, kind)
-prepare(device=device, segments=2, n=16, **options)()
-run = prepare(device=device, segments=segments, **options)
-if device == "cuda":
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    print((torch.cuda.max_memory_allocated() - before) / 2**20)
-else:
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS:")
-    run()
-    # Not getrusage, which counts what the process that started this one had.
-    print(status("VmHWM:") - before)
-"""
-    command = [sys.executable, "-c", script, json.dumps([kind, device, segments, options])]
-    folder = Path(__file__).resolve().parent
+def growth(*, device: str, segments: int) -> Callable[[], float]:
+    """MiB that replay's peak grows by with a segment, from 8 segments on."""
+    torch.set_num_threads(1)
+    bench_speed.replay(device=device, segments=2)()
 
     def run() -> float:
-        out = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True, timeout=1200
+        least, most = (
+            peak_memory.peak(bench_speed.replay(device=device, segments=n)) for n in (8, segments)
         )
-        return float(out.stdout)
+        return (most - least) / 2**20 / (segments - 8)
 
     return run
 
 
-def growth(*, device: str, segments: int) -> Callable[[], float]:
-    """MiB that replay's peak grows by with a segment, from 8 segments on."""
-    least, most = (peak(device=device, kind="replay", segments=n) for n in (8, segments))
-    return lambda: (most() - least()) / (segments - 8)
-
-
 def _recalled(seed: int) -> dict[int, float]:
     """What a model that was trained in this process recalls, by segments."""
+    import recall
+
     torch.set_num_threads(1)
-    folder = str(Path(__file__).resolve().parent.parent / "examples")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    module = importlib.import_module("recall")
-    found: dict[int, float] = module.examine(module.train(seed, STEPS).model, seed)
-    return found
+    return recall.examine(recall.train(seed, STEPS).model, seed)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ A process of its own for each measurement: what an earlier one has left would be
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -13,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from demonstration import DemoError
+from peak_memory import peak
 
 TOKENS, WIDTH, BATCH = 256, 128, 4
 WAYS = ("replay", "bptt")
-# To be found on Linux: a 5 written to it begins the high-water mark anew.
-CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def measure(way: str, segments: int) -> float:
@@ -38,11 +36,7 @@ def main(way: str, segments: int) -> None:
     """Prints by how much a step raises the largest resident size, in MiB."""
     # A small one before it loads all code, and what loading has taken is free again.
     prepare(way, 2, tokens=8)()
-    run = prepare(way, segments, tokens=TOKENS)
-    forget()
-    before = high_water()
-    run()
-    print(high_water() - before)
+    print(peak(prepare(way, segments, tokens=TOKENS)) / 2**20)
 
 
 def prepare(way: str, segments: int, *, tokens: int) -> Callable[[], None]:
@@ -75,26 +69,6 @@ def prepare(way: str, segments: int, *, tokens: int) -> Callable[[], None]:
         model(src[:, -tokens:], tgt, mem).dec_out.backward()
 
     return {"replay": replay, "bptt": bptt}[way]
-
-
-def forget() -> None:
-    """Where the system can: sets the largest resident size to what is in use now."""
-    if CLEAR_REFS.exists():
-        ctypes.CDLL(None).malloc_trim(0)
-        CLEAR_REFS.write_text("5")
-
-
-def high_water() -> float:
-    """The largest resident size of this process, since `forget` or so far, in MiB."""
-    if CLEAR_REFS.exists():
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        (line,) = (line for line in lines if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**10
-    # Not on every system, and asked for only where it is needed.
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / 2**20 if sys.platform == "darwin" else size / 2**10
 
 
 if __name__ == "__main__":

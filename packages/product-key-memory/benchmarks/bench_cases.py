@@ -23,11 +23,8 @@ def cases(device: str) -> list[Case]:
     found = [*forwards(), *steps(), *remembered()]
     if device == "cpu":
         return [*found, *claims()]
-    # The bounds are meant for a CPU; elsewhere the quotients alone are shown.
-    return [
-        replace(case, targets=[Target(target.subject, target.per) for target in case.targets])
-        for case in found
-    ]
+    # The bounds are meant for a CPU.
+    return [case.without_bounds() for case in found]
 
 
 def forwards() -> Iterator[Case]:

@@ -7,47 +7,40 @@ best for what it is shown against.
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 SEEDS = range(5)
 
 
-def _miniatures() -> ModuleType:
-    # Only where a subject runs: the reference's environment does not have our wheel.
-    folder = str(Path(__file__).resolve().parent.parent / "examples")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module("miniatures")
-
-
 @functools.cache
 def _stored(seed: int, kind: str) -> Any:
     """Takes a minute, and the lessons go on with it."""
-    return _miniatures().store(seed, kind)
+    import miniatures
+
+    return miniatures.store(seed, kind)
 
 
 @functools.cache
 def _used(seed: int, query_norm: str) -> Any:
-    return _miniatures().usage(seed, query_norm)
+    import miniatures
+
+    return miniatures.usage(seed, query_norm)
 
 
 @functools.cache
 def _taught(seed: int, teacher: str) -> Any:
-    module = _miniatures()
+    import miniatures
+
     _, model, known = _stored(seed, "memory")
-    lessons, background, old = module.lessons(known, 320, seed)
-    teach = {
-        "chosen slots": lambda: module.slot_teacher(model, background),
-        "all slots it reads": lambda: module.fine_tune_read_slots,
-        "all weights": lambda: module.fine_tune_all,
-        "all weights, Adam": lambda: module.fine_tune_by_adam,
-    }[teacher]()
-    return module.forgetting(model, old, lessons, teach)
+    lessons, background, old = miniatures.lessons(known, 320, seed)
+    teachers: dict[str, Callable[[], Any]] = {
+        "chosen slots": lambda: miniatures.slot_teacher(model, background),
+        "all slots it reads": lambda: miniatures.fine_tune_read_slots,
+        "all weights": lambda: miniatures.fine_tune_all,
+        "all weights, Adam": lambda: miniatures.fine_tune_by_adam,
+    }
+    return miniatures.forgetting(model, old, lessons, teachers[teacher]())
 
 
 def recalled(*, device: str, kind: str) -> Callable[[], float]:  # noqa: ARG001

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import bench
+import peak_memory
+from bench_case import Case, Subject, Target
 from bench_worker import Measurer
 from files import write_whole
 
@@ -138,6 +140,74 @@ def test_what_takes_minutes_is_weighed_once(
         samples = json.loads(cache.read_text())["records"]["memory"]["samples"]
         counts.append({len(one) for kind in samples.values() for one in kind.values()})
     assert counts == [{2}, {1}]
+
+
+@pytest.mark.parametrize("kind", ["value", "memory", "time"])
+def test_variables_of_a_case_reach_its_processes(compared: Compared, kind: str) -> None:
+    compared.write(
+        "bench_cases.py",
+        f"""
+        import os
+        from bench_case import Case, Subject
+
+        def prepare(*, device, expected):
+            def run():
+                if os.environ.get("PLANTED") != expected:
+                    raise ValueError(f"not {{expected}}")
+                return 1
+            return run
+
+        def cases(device):
+            def subjects(expected):
+                arguments = {{"expected": expected}}
+                theirs = Subject("reference", prepare, arguments, environment="reference")
+                return [Subject("ours", prepare, arguments), theirs]
+
+            return [
+                Case("with", {kind!r}, subjects("yes"), variables={{"PLANTED": "yes"}}),
+                Case("without", {kind!r}, subjects(None)),
+            ]
+        """,
+    )
+    assert run(compared) == 0
+
+
+def test_a_subject_imports_what_the_demonstration_is_made_of(compared: Compared) -> None:
+    (compared.benchmarks.parent / "examples").mkdir()
+    compared.write("../examples/shown.py", "VALUE = 7\n")
+    compared.write(
+        "beside.py", "def value(*, device):\n    import shown\n    return lambda: shown.VALUE"
+    )
+    compared.write(
+        "bench_cases.py",
+        """
+        from bench_case import Case, Subject
+        from beside import value
+
+        def cases(device):
+            return [Case("shown", "value", [Subject("ours", value)])]
+        """,
+    )
+    assert run(compared, reference=False) == 0
+    assert cells((compared.benchmarks / "RESULTS.md").read_text(), "shown")[4] == "7"
+
+
+def test_without_bounds_quotients_remain() -> None:
+    subjects = [Subject("ours", print), Subject("other", print)]
+    targets = [Target("ours", at_most=1.0), Target("ours", per="other", at_least=2.0)]
+    case = Case("one", "value", subjects, targets, unit="MiB")
+    shown = case.without_bounds()
+    assert shown == replace(case, targets=[Target("ours"), Target("ours", per="other")])
+
+
+def test_a_peak_is_what_one_run_takes() -> None:
+    blocks = []
+    for mib in (64, 32):
+        found = peak_memory.peak(lambda mib=mib: blocks.append(b"x" * (mib * 2**20)) or [])
+        assert found / 2**20 == pytest.approx(mib, rel=0.05)
+    # What is freed again counts, and what was there before does not.
+    found = peak_memory.peak(lambda: len(b"x" * 2**25) and None)
+    assert found / 2**20 == pytest.approx(32, rel=0.05)
 
 
 def test_resuming_keeps_what_was_measured(

@@ -148,5 +148,5 @@ def test_the_search_path_is_not_inherited(script: Path, monkeypatch: pytest.Monk
     with Worker("seven", sys.executable, script) as worker:
         for name, value in (("PYTHONPATH", None), ("OMP_NUM_THREADS", None), ("KEPT", "yes")):
             assert worker.call("environment", limit=30, name=name) == value
-    with Worker("eight", sys.executable, script, path="/this") as worker:
+    with Worker("eight", sys.executable, script, variables={"PYTHONPATH": "/this"}) as worker:
         assert worker.call("environment", limit=30, name="PYTHONPATH") == "/this"
