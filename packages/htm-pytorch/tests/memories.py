@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,21 @@ class Memories:
 def new_store(**changes: Any) -> MemoryStore:
     given = {"environments": ENVIRONMENTS, "chunk_size": CHUNK, "dtype": torch.float64}
     return MemoryStore(DIM, **(given | changes))
+
+
+def filled(randn: Callable[..., Tensor], **settings: Any) -> tuple[MemoryStore, Memories]:
+    """A store of 17, 4 and 10 tokens, and what it holds."""
+    store, expected = new_store(**settings), Memories(settings.get("capacity"))
+    for env_id, t in enumerate((17, 4, 10)):
+        tokens = randn(1, t, DIM, seed=env_id + 10)
+        store.append(tokens, [env_id])
+        expected.append(tokens, [env_id])
+    return store, expected
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in every file."""
+    return {str(x): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
 
 
 def make_module(cls: type[torch.nn.Module], device: torch.device, **changes: Any) -> Any:

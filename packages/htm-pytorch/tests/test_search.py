@@ -7,17 +7,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import memories
 import pytest
 import torch
+from memories import CHUNK, DIM, Memories, draw, make_module, new_store
 
 from htm_pytorch import FaissSearch, HTMAttention
 from htm_pytorch.retrieval import Summary, find
 
 if TYPE_CHECKING:
     from conftest import Make, Randn
-
-DIM, CHUNK = memories.DIM, memories.CHUNK
 
 
 class ExactIndex:
@@ -64,19 +62,19 @@ def index(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def test_equals_the_exact_search(device: torch.device, index: str, capacity: int | None) -> None:
     """With tokens appended, forgotten and reset between questions, in one index after another."""
     search = FaissSearch(index, few=4)
-    store = memories.new_store(device=device, capacity=capacity, search=search)
-    held = memories.Memories(capacity)
-    module = memories.make_module(HTMAttention, device, topk_mems=3)
+    store = new_store(device=device, capacity=capacity, search=search)
+    held = Memories(capacity)
+    module = make_module(HTMAttention, device, topk_mems=3)
     generator = torch.Generator().manual_seed(1)
     for turn in range(60):
         env_ids = [[0, 1, 2], [1], [2, 1]][turn % 3]
-        tokens = memories.draw(generator, len(env_ids), [1, 2, 9][turn // 3 % 3], DIM)
+        tokens = draw(generator, len(env_ids), [1, 2, 9][turn // 3 % 3], DIM)
         store.append(tokens, env_ids)
         held.append(tokens, env_ids)
         if turn == 40:
             store.reset([1])
             held.reset([1])
-        queries = memories.draw(generator, 3, 2, DIM).to(device)
+        queries = draw(generator, 3, 2, DIM).to(device)
         found = store.attend(module, queries, return_indices=True, return_weights=True)
         expected = held.attend(module, queries, [0, 1, 2])
         torch.testing.assert_close(found[0], expected[0], atol=1e-12, rtol=0.0)
@@ -122,7 +120,7 @@ def test_gradients_pass(
 ) -> None:
     results = []
     for search in (FaissSearch(index, few=4), None):
-        store = memories.new_store(device=device, search=search)
+        store = new_store(device=device, search=search)
         store.append(randn(3, 40, DIM))
         queries, module = randn(3, 2, DIM, seed=2).requires_grad_(), make_attention()
         store.attend(module, queries).square().sum().backward()

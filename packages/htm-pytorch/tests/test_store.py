@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import memories as memories_file
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories import CHUNK, DIM, ENVIRONMENTS, Memories, draw, make_module, new_store
 from torch import Tensor
 
 from htm_pytorch import HTMAttention, HTMBlock, MemoryStore, storage
@@ -18,8 +18,6 @@ from htm_pytorch.retrieval import Summary
 if TYPE_CHECKING:
     from conftest import Make, Randn
 
-CHUNK, DIM, ENVIRONMENTS = memories_file.CHUNK, memories_file.DIM, memories_file.ENVIRONMENTS
-Memories, draw = memories_file.Memories, memories_file.draw
 
 some_ids = st.permutations(range(ENVIRONMENTS)).flatmap(
     lambda ids: st.integers(1, ENVIRONMENTS).map(lambda n: ids[:n])
@@ -31,11 +29,6 @@ steps = st.one_of(
     st.tuples(st.just("attend"), some_ids, st.integers(0, 3)),
 )
 capacities = st.sampled_from([None, CHUNK, 2 * CHUNK, 5 * CHUNK])
-
-
-def new_store(device: torch.device, **changes: Any) -> MemoryStore:
-    store: MemoryStore = memories_file.new_store(device=device, **changes)
-    return store
 
 
 def assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], atol: float) -> None:
@@ -66,8 +59,8 @@ def test_equals_the_module(
     """Whatever was appended, forgotten and reset before."""
     generator = torch.Generator().manual_seed(seed)
     cls = HTMBlock if block else HTMAttention
-    module = memories_file.make_module(cls, device, impl=impl, topk_mems=k)
-    store, memories = new_store(device, capacity=capacity), Memories(capacity)
+    module = make_module(cls, device, impl=impl, topk_mems=k)
+    store, memories = new_store(device=device, capacity=capacity), Memories(capacity)
     for action, env_ids, number in [*plan, ("attend", list(range(ENVIRONMENTS)), 2)]:
         if action == "append":
             tokens = draw(generator, len(env_ids), number, DIM)
@@ -108,7 +101,7 @@ def fill(store: MemoryStore, memories: Any, randn: Randn) -> None:
 def test_returns_what_is_asked_for(
     device: torch.device, make_attention: Make, randn: Randn, options: tuple[bool, bool]
 ) -> None:
-    store, memories = new_store(device), Memories()
+    store, memories = new_store(device=device), Memories()
     fill(store, memories, randn)
     queries = randn(3, 2, DIM)
     found = store.attend(
@@ -127,9 +120,9 @@ def test_half_the_bits(
     device: torch.device, make_attention: Make, randn: Randn, dtype: torch.dtype
 ) -> None:
     """Equals the module on rounded tokens, and not on those that were given."""
-    store, rounded, exact = new_store(device, dtype=dtype), Memories(dtype=dtype), Memories()
+    store, rounded, exact = new_store(device=device, dtype=dtype), Memories(dtype=dtype), Memories()
     fill(store, rounded, randn)
-    fill(new_store(device), exact, randn)
+    fill(new_store(device=device), exact, randn)
     module = make_attention().float()
     queries = randn(3, 2, DIM, dtype=torch.float32)
     found = store.attend(module, queries, return_indices=True, return_weights=True)
@@ -145,7 +138,7 @@ def test_half_the_bits(
 
 def test_weights_may_change(device: torch.device, make_attention: Make, randn: Randn) -> None:
     """Nothing in a store depends on them."""
-    store, memories = new_store(device), Memories()
+    store, memories = new_store(device=device), Memories()
     fill(store, memories, randn)
     module, queries = make_attention(), randn(3, 2, DIM)
     before = store.attend(module, queries)
@@ -167,7 +160,7 @@ def test_gradients_wait_for_later_tokens(
     results = []
     for stored in (True, False):
         module = make_block(impl=impl)
-        store, memories = new_store(device), Memories()
+        store, memories = new_store(device=device), Memories()
         queries = randn(3, 2, DIM).requires_grad_()
         loss = queries.new_zeros(())
         for seed in range(4):
@@ -188,7 +181,7 @@ def test_inference_mode(device: torch.device, make_attention: Make, randn: Randn
     """A store made and filled there may be trained on, and the other way round."""
     memories = Memories()
     with torch.inference_mode():
-        store = new_store(device)
+        store = new_store(device=device)
         fill(store, memories, randn)
     queries, module = randn(3, 2, DIM), make_attention()
     fill(store, memories, randn)
@@ -207,7 +200,7 @@ def test_inference_mode(device: torch.device, make_attention: Make, randn: Randn
 
 def test_nan_stays_where_it_is(device: torch.device, make_attention: Make, randn: Randn) -> None:
     """In another environment, and in chunks that hold something else now."""
-    store, memories = new_store(device), Memories()
+    store, memories = new_store(device=device), Memories()
     store.append(torch.full((1, 7, DIM), torch.nan, device=device), [0])
     fill_ids, queries = [1, 2], randn(2, 2, DIM)
     tokens = randn(2, 5, DIM)
@@ -226,7 +219,7 @@ def test_nan_stays_where_it_is(device: torch.device, make_attention: Make, randn
 def test_an_empty_store_gives_zero(
     device: torch.device, make_attention: Make, randn: Randn
 ) -> None:
-    store = new_store(device)
+    store = new_store(device=device)
     module = make_attention()
     found = store.attend(module, randn(3, 2, DIM), return_indices=True, return_weights=True)
     assert [tuple(x.shape) for x in found] == [(3, 2, DIM), (3, 2, 0), (3, 2, 0)]
@@ -251,7 +244,7 @@ def test_growth_is_rare(
         sizes.append(len(self.tokens))
 
     monkeypatch.setattr(storage.Pool, "_grow", noted)
-    store = new_store(device, environments=1, capacity=capacity)
+    store = new_store(device=device, environments=1, capacity=capacity)
     for _ in range(400):
         store.append(randn(1, 1, DIM))
     assert sizes == ([1, 2, 4, 8, 16, 32, 64, 128, 256] if capacity is None else [1, 2, 4, 8, 9])
@@ -259,7 +252,7 @@ def test_growth_is_rare(
 
 def test_beyond_the_capacity_room_grows_by_a_quarter(device: torch.device, randn: Randn) -> None:
     """By what one append brings, which is written before anything is forgotten."""
-    store = new_store(device, environments=2, capacity=40 * CHUNK)
+    store = new_store(device=device, environments=2, capacity=40 * CHUNK)
     store.append(randn(2, 40 * CHUNK, DIM))
     pool = store._layout.pool
     assert len(pool.tokens) == 80
@@ -274,7 +267,7 @@ def test_beyond_the_capacity_room_grows_by_a_quarter(device: torch.device, randn
 
 def test_columns_grow_by_half(device: torch.device, randn: Randn) -> None:
     """Up to what an environment may hold."""
-    store, widths = new_store(device, environments=2, capacity=10 * CHUNK), []
+    store, widths = new_store(device=device, environments=2, capacity=10 * CHUNK), []
     for _ in range(12):
         store.append(randn(1, CHUNK, DIM), [1])
         widths.append(store._layout.means.shape[1])
@@ -287,7 +280,7 @@ def test_neighbours_are_looked_at_in_place(
     device: torch.device, randn: Randn, env_ids: list[int]
 ) -> None:
     """Means of environments that follow each other are not copied."""
-    store, memories = new_store(device), Memories()
+    store, memories = new_store(device=device), Memories()
     fill(store, memories, randn)
     view = store._layout.view(torch.tensor(env_ids))
     expected = store._layout.means[env_ids][:, : view.means.shape[1]]
@@ -301,7 +294,7 @@ def test_compiled_modules(
     device: torch.device, make_block: Make, make_attention: Make, randn: Randn, wrap: str
 ) -> None:
     """What is inside of them attends."""
-    store = new_store(device)
+    store = new_store(device=device)
     fill(store, Memories(), randn)
     queries = randn(3, 2, DIM)
     for make in (make_block, make_attention):
@@ -320,11 +313,11 @@ def test_other_modules(
     module = make(make_block())
     message = f"module must be an HTMAttention or HTMBlock, got {type(module).__name__}; of one"
     with pytest.raises(TypeError, match=message):
-        new_store(device).attend(module, randn(3, 2, DIM))
+        new_store(device=device).attend(module, randn(3, 2, DIM))
 
 
 def test_moves(device: torch.device, make_attention: Make, randn: Randn) -> None:
-    store, memories = new_store(torch.device("cpu")), Memories()
+    store, memories = new_store(), Memories()
     fill(store, memories, randn)
     assert store.to(device) is store
     assert store.device == device
@@ -358,7 +351,7 @@ class Forgetful:
 def test_another_search(device: torch.device, make_attention: Make, randn: Randn) -> None:
     """As if the chunks that it does not find were banned; it is told of every change."""
     forgetful = Forgetful()
-    store, memories = new_store(device, search=forgetful, capacity=18), Memories(18)
+    store, memories = new_store(device=device, search=forgetful, capacity=18), Memories(18)
     fill(store, memories, randn)
     module, queries = make_attention(topk_mems=3), randn(2, 2, DIM)
     found = store.attend(module, queries, env_ids=[2, 0], return_indices=True, return_weights=True)
@@ -424,7 +417,7 @@ def test_wrong_appends(
     message: str,
 ) -> None:
     """The store is unchanged."""
-    store, memories = new_store(device), Memories()
+    store, memories = new_store(device=device), Memories()
     fill(store, memories, randn)
     with pytest.raises(kind, match=message):
         store.append(tokens.to(device), env_ids)
@@ -453,7 +446,7 @@ def test_wrong_questions(
     kind: type[Exception],
     message: str,
 ) -> None:
-    store = new_store(device)
+    store = new_store(device=device)
     fill(store, Memories(), randn)
     module = make_attention(**changes.get("module", {})).float()
     queries = changes.get("queries", torch.zeros(3, 2, 6))
@@ -469,7 +462,7 @@ def test_wrong_questions(
 
 
 def test_a_closed_store(device: torch.device, make_attention: Make, randn: Randn) -> None:
-    with new_store(device) as store:
+    with new_store(device=device) as store:
         fill(store, Memories(), randn)
     store.close()
     for use in (
@@ -491,7 +484,7 @@ def test_a_closed_store(device: torch.device, make_attention: Make, randn: Randn
 @given(t=st.integers(1, 40), capacity=capacities)
 def test_one_by_one_equals_at_once(device: torch.device, t: int, capacity: int | None) -> None:
     tokens = draw(torch.Generator().manual_seed(t), 3, t, DIM).to(device)
-    whole, pieces = (new_store(device, capacity=capacity) for _ in range(2))
+    whole, pieces = (new_store(device=device, capacity=capacity) for _ in range(2))
     whole.append(tokens)
     for token in tokens.split(1, 1):
         pieces.append(token)

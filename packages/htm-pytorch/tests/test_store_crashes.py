@@ -14,27 +14,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import memories
 import pytest
 import torch
+from memories import CAPACITY, DIM, Memories, carry_out, filled, make_module, new_store, steps
 
 from htm_pytorch import HTMAttention, MemoryStore, files
 
 if TYPE_CHECKING:
     from conftest import Randn
-
-CAPACITY, CHUNK, DIM = memories.CAPACITY, memories.CHUNK, memories.DIM
-Memories = memories.Memories
-
-
-def filled(randn: Randn, **settings: Any) -> tuple[MemoryStore, Any]:
-    """17, 4 and 10 tokens."""
-    store, expected = memories.new_store(**settings), Memories(settings.get("capacity"))
-    for env_id, t in enumerate((17, 4, 10)):
-        tokens = randn(1, t, DIM, seed=env_id + 10)
-        store.append(tokens, [env_id])
-        expected.append(tokens, [env_id])
-    return store, expected
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
@@ -59,16 +46,16 @@ def test_a_crash_while_saving_leaves_the_last_file(
 @pytest.mark.parametrize("capacity", [None, CAPACITY])
 def test_a_folder_is_as_of_its_last_flush_at_any_time(tmp_path: Path, capacity: int | None) -> None:
     """Whatever has been written since: a copy of its files is what a crash would leave."""
-    module, differed = memories.make_module(HTMAttention, torch.device("cpu")), False
+    module, differed = make_module(HTMAttention, torch.device("cpu")), False
     queries = torch.ones(3, 2, DIM, dtype=torch.float64)
     for seed in range(2):
         folder = tmp_path / str(seed)
-        with memories.new_store(path=folder, capacity=capacity) as store:
+        with new_store(path=folder, capacity=capacity) as store:
             now = Memories(capacity)
             flushed = now.copy()
-            for step, _ in zip(memories.steps(seed), range(30), strict=False):
-                memories.carry_out(step, store)
-                memories.carry_out(step, now)
+            for step, _ in zip(steps(seed), range(30), strict=False):
+                carry_out(step, store)
+                carry_out(step, now)
                 if step[0] == "flush":
                     store.flush()
                     flushed = now.copy()
@@ -200,7 +187,7 @@ def test_a_new_folder_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         sync(folder)
 
     monkeypatch.setattr(files, "_sync_folder", noted)
-    memories.new_store(path=tmp_path / "a" / "b").close()
+    new_store(path=tmp_path / "a" / "b").close()
     assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} == set(synced)
 
 
@@ -208,8 +195,8 @@ def states_of(run: int, expected: Any) -> dict[str, list[Any]]:
     """What was held at each "flush" and "save" of a run, and at its beginning."""
     held = expected.copy()
     states: dict[str, list[Any]] = {"flush": [], "save": []}
-    for step, _ in zip(memories.steps(run), range(3000), strict=False):
-        memories.carry_out(step, held)
+    for step, _ in zip(steps(run), range(3000), strict=False):
+        carry_out(step, held)
         if step[0] in states:
             states[step[0]].append(held.copy())
     return states

@@ -7,31 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import memories
 import pytest
 import torch
+from memories import CAPACITY, DIM, contents, filled, new_store
 
 from htm_pytorch import MemoryStore
 
 if TYPE_CHECKING:
     from conftest import Randn
-
-CAPACITY, CHUNK, DIM = memories.CAPACITY, memories.CHUNK, memories.DIM
-Memories = memories.Memories
-
-
-def filled(randn: Randn, **settings: Any) -> tuple[MemoryStore, Any]:
-    """17, 4 and 10 tokens."""
-    store, expected = memories.new_store(**settings), Memories(settings.get("capacity"))
-    for env_id, t in enumerate((17, 4, 10)):
-        tokens = randn(1, t, DIM, seed=env_id + 10)
-        store.append(tokens, [env_id])
-        expected.append(tokens, [env_id])
-    return store, expected
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(x): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
 
 
 def change(file: Path, **changes: Any) -> None:
@@ -162,7 +145,7 @@ def _no_manifest(folder: Path) -> None:
 
 
 def _cut_manifest(folder: Path) -> None:
-    memories.new_store(path=folder).close()
+    new_store(path=folder).close()
     (folder / "manifest").write_bytes((folder / "manifest").read_bytes()[:-100])
 
 
@@ -171,7 +154,7 @@ def test_foreign_folders(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """Refused, and left as they are."""
     make(tmp_path / "x")
     before = contents(tmp_path)
-    for use in (MemoryStore.open, lambda path: memories.new_store(path=path)):
+    for use in (MemoryStore.open, lambda path: new_store(path=path)):
         with pytest.raises(ValueError, match=r"x(/manifest)?' is no (file|folder) of .*memory st"):
             use(tmp_path / "x")
     assert contents(tmp_path) == before
@@ -208,7 +191,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_of_a_path_that_is_not_there(tmp_path: Path) -> None:
-    with memories.new_store(path=tmp_path / "a" / "b") as store:
+    with new_store(path=tmp_path / "a" / "b") as store:
         assert store.lengths.tolist() == [0, 0, 0]
         with pytest.raises(ValueError, match="with a path is on the CPU, got device meta"):
             store.to("meta")

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import memories as memories_file
 import pytest
 import torch
+from memories import CHUNK, DIM, Memories, make_module, new_store
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +20,6 @@ from htm_pytorch import HTMAttention, MemoryStore
 if TYPE_CHECKING:
     from conftest import Randn
 
-CHUNK, DIM, ENVIRONMENTS = memories_file.CHUNK, memories_file.DIM, memories_file.ENVIRONMENTS
-Memories, new_store = memories_file.Memories, memories_file.new_store
 CAPACITY = 2 * CHUNK
 SOURCES = str(Path(htm_pytorch.__file__).parent)
 
@@ -129,7 +127,7 @@ def test_at_any_step(
     if in_files and device.type != "cpu":
         pytest.skip("files are on the CPU")
     act, step, failed = ACTIONS[name], 0, True
-    module = memories_file.make_module(HTMAttention, device, topk_mems=3)
+    module = make_module(HTMAttention, device, topk_mems=3)
     while failed:
         settings = {"path": tmp_path / str(step)} if in_files else {"device": device}
         store, before = filled(randn, **settings)
@@ -241,7 +239,7 @@ def test_numbers_that_float16_cannot_hold(device: torch.device, randn: Randn) ->
 def test_no_tensors(device: torch.device, value: Any) -> None:
     store = new_store(device=device)
     name = type(value).__name__
-    module = memories_file.make_module(HTMAttention, device)
+    module = make_module(HTMAttention, device)
     with pytest.raises(TypeError, match=f"tokens must be a tensor, got {name}"):
         store.append(value)
     with pytest.raises(TypeError, match=f"queries must be a tensor, got {name}"):

@@ -6,31 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import memories
 import pytest
 import torch
+from memories import CAPACITY, CHUNK, DIM, contents, filled, make_module, new_store
 
 from htm_pytorch import HTMAttention, MemoryStore
 
 if TYPE_CHECKING:
     from conftest import Make, Randn
-
-CAPACITY, CHUNK, DIM = memories.CAPACITY, memories.CHUNK, memories.DIM
-Memories = memories.Memories
-
-
-def filled(randn: Randn, **settings: Any) -> tuple[MemoryStore, Any]:
-    """17, 4 and 10 tokens."""
-    store, expected = memories.new_store(**settings), Memories(settings.get("capacity"))
-    for env_id, t in enumerate((17, 4, 10)):
-        tokens = randn(1, t, DIM, seed=env_id + 10)
-        store.append(tokens, [env_id])
-        expected.append(tokens, [env_id])
-    return store, expected
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(x): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
 
 
 @pytest.mark.parametrize("capacity", [None, CAPACITY])
@@ -65,7 +48,7 @@ def test_a_folder_is_resumed(tmp_path: Path, randn: Randn, dtype: torch.dtype) -
     settings: dict[str, Any] = {"dtype": dtype, "capacity": CAPACITY}
     in_memory, _ = filled(randn, **settings)
     store, _ = filled(randn, path=tmp_path / "store", **settings)
-    module = memories.make_module(HTMAttention, torch.device("cpu"))
+    module = make_module(HTMAttention, torch.device("cpu"))
     queries = randn(3, 2, DIM).cpu()
     for turn in range(3):
         with store:
@@ -77,7 +60,7 @@ def test_a_folder_is_resumed(tmp_path: Path, randn: Randn, dtype: torch.dtype) -
             for x in (store, in_memory):
                 x.append(randn(3, 4, DIM, seed=turn), [2, 0, 1])
         if turn == 1:
-            store = memories.new_store(path=tmp_path / "store", **settings)
+            store = new_store(path=tmp_path / "store", **settings)
         else:
             store = MemoryStore.open(str(tmp_path / "store"))
     store.close()
@@ -104,7 +87,7 @@ def test_another_working_directory(
 def test_files_do_not_grow_where_nothing_is_kept(tmp_path: Path, randn: Randn) -> None:
     """Chunks are used again, those of the last flush after the next."""
     file = tmp_path / "store" / "tokens.bin"
-    with memories.new_store(path=tmp_path / "store", capacity=CAPACITY) as store:
+    with new_store(path=tmp_path / "store", capacity=CAPACITY) as store:
         sizes = []
         for turn in range(300):
             store.append(randn(3, 2, DIM))
@@ -131,7 +114,5 @@ def test_opening_writes_nothing(
         for name in ("posix_fallocate", "ftruncate"):
             monkeypatch.setattr(os, name, None, raising=False)
     with MemoryStore.open(tmp_path / "x") as store:
-        store.attend(
-            memories.make_module(HTMAttention, torch.device("cpu")), randn(3, 2, DIM).cpu()
-        )
+        store.attend(make_module(HTMAttention, torch.device("cpu")), randn(3, 2, DIM).cpu())
     assert [file.stat().st_mtime for file in files] == [1.0, 1.0]

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import memories as memories_file
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories import CHUNK, DIM, ENVIRONMENTS, Memories, draw, make_module, new_store
 from torch import Tensor
 
 from htm_pytorch import HTMAttention, HTMBlock, MemoryStore
@@ -21,8 +21,6 @@ from htm_pytorch import HTMAttention, HTMBlock, MemoryStore
 if TYPE_CHECKING:
     from conftest import Make, Randn
 
-CHUNK, DIM, ENVIRONMENTS = memories_file.CHUNK, memories_file.DIM, memories_file.ENVIRONMENTS
-Memories, draw, new_store = memories_file.Memories, memories_file.draw, memories_file.new_store
 CAPACITY = 2 * CHUNK
 ALL = list(range(ENVIRONMENTS))
 
@@ -93,9 +91,7 @@ def test_equal_those_of_the_module(
     results = []
     with new_store(capacity=CAPACITY, **given) as store:
         for used in (store, None):
-            module = memories_file.make_module(
-                HTMBlock if block else HTMAttention, device, impl=impl
-            )
+            module = make_module(HTMBlock if block else HTMAttention, device, impl=impl)
             queries = torch.linspace(-1.0, 1.0, 36, dtype=torch.float64, device=device)
             queries = queries.reshape(3, 2, DIM).requires_grad_()
             results.append(rollout(plan, module, queries, store=used, seed=seed))
@@ -123,7 +119,7 @@ def places(store: MemoryStore) -> int:
 
 def fresh(device: torch.device, randn: Randn, **changes: Any) -> tuple[MemoryStore, Any, Tensor]:
     """A full store, an attention, and queries with gradients."""
-    module = memories_file.make_module(HTMAttention, device)
+    module = make_module(HTMAttention, device)
     return filled(randn, device=device, **changes), module, randn(3, 2, DIM).requires_grad_()
 
 
@@ -231,7 +227,7 @@ def test_a_graph_keeps_nothing_of_the_size_of_the_store(device: torch.device, ra
     for t in (3 * CHUNK, 60 * CHUNK):
         store = new_store(device=device)
         store.append(randn(3, t, DIM))
-        module, queries = memories_file.make_module(HTMAttention, device), randn(3, 2, DIM)
+        module, queries = make_module(HTMAttention, device), randn(3, 2, DIM)
         saved: list[int] = []
         tokens = store._layout.pool.tokens.untyped_storage().data_ptr()
 
@@ -253,7 +249,7 @@ def test_in_a_compiled_function(device: torch.device, impl: str, randn: Randn) -
     torch.compiler.reset()
     results = []
     for compiled in (False, True):
-        module = memories_file.make_module(HTMAttention, device, impl=impl)
+        module = make_module(HTMAttention, device, impl=impl)
         store, queries = filled(randn, device=device), randn(3, 2, DIM).requires_grad_()
 
         def loss(x: Tensor, store: MemoryStore = store, module: Any = module) -> Tensor:
@@ -275,7 +271,7 @@ def test_in_a_compiled_function(device: torch.device, impl: str, randn: Randn) -
 def test_no_gradients_through_a_closed_folder(tmp_path: Path, randn: Randn) -> None:
     """Another store may have written to it: an error, never a wrong number."""
     cpu = torch.device("cpu")
-    module, queries = memories_file.make_module(HTMAttention, cpu), randn(3, 2, DIM).cpu()
+    module, queries = make_module(HTMAttention, cpu), randn(3, 2, DIM).cpu()
     queries.requires_grad_()
     with new_store(path=tmp_path / "store") as store:
         store.append(randn(3, 4, DIM))
@@ -300,7 +296,7 @@ def test_no_gradients_through_a_closed_folder(tmp_path: Path, randn: Randn) -> N
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_gradients_through_a_folder_that_was_dropped(tmp_path: Path, randn: Randn) -> None:
     """Without being closed: its lock is gone all the same."""
-    module, queries = memories_file.make_module(HTMAttention, torch.device("cpu")), randn(3, 2, DIM)
+    module, queries = make_module(HTMAttention, torch.device("cpu")), randn(3, 2, DIM)
     queries = queries.cpu().requires_grad_()
     store = new_store(path=tmp_path / "store")
     store.append(randn(3, 4, DIM))
@@ -320,7 +316,7 @@ def test_an_old_graph_holds_back_only_what_it_may_have_seen(
     device: torch.device, randn: Randn
 ) -> None:
     store = new_store(capacity=CAPACITY, device=device)
-    module = memories_file.make_module(HTMAttention, device)
+    module = make_module(HTMAttention, device)
     queries = randn(3, 2, DIM).requires_grad_()
     store.append(randn(3, 2 * CHUNK, DIM))
     old = store.attend(module, queries)
@@ -338,7 +334,7 @@ def test_an_old_graph_holds_back_only_what_it_may_have_seen(
 def test_attending_in_several_threads(device: torch.device, randn: Randn) -> None:
     """Each with its own graph, none of whose leases is lost."""
     store = new_store(capacity=CAPACITY, device=device)
-    module = memories_file.make_module(HTMAttention, device)
+    module = make_module(HTMAttention, device)
     store.append(randn(3, 2 * CHUNK, DIM))
     queries = randn(3, 2, DIM)
     with torch.no_grad():

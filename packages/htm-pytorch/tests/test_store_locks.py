@@ -10,31 +10,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import memories
 import pytest
 import torch
+from memories import CAPACITY, DIM, contents, filled, make_module, new_store
 
 from htm_pytorch import HTMAttention, MemoryStore
 
 if TYPE_CHECKING:
     from conftest import Randn
-
-CAPACITY, CHUNK, DIM = memories.CAPACITY, memories.CHUNK, memories.DIM
-Memories = memories.Memories
-
-
-def filled(randn: Randn, **settings: Any) -> tuple[MemoryStore, Any]:
-    """17, 4 and 10 tokens."""
-    store, expected = memories.new_store(**settings), Memories(settings.get("capacity"))
-    for env_id, t in enumerate((17, 4, 10)):
-        tokens = randn(1, t, DIM, seed=env_id + 10)
-        store.append(tokens, [env_id])
-        expected.append(tokens, [env_id])
-    return store, expected
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(x): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
 
 
 def test_read_only(tmp_path: Path, randn: Randn) -> None:
@@ -47,7 +30,7 @@ def test_read_only(tmp_path: Path, randn: Randn) -> None:
     for file in (tmp_path / "x").iterdir():
         file.chmod(0o444)
     readers = [MemoryStore.open(tmp_path / "x", read_only=True) for _ in range(2)]
-    module = memories.make_module(HTMAttention, torch.device("cpu"))
+    module = make_module(HTMAttention, torch.device("cpu"))
     queries = randn(3, 2, DIM).cpu().requires_grad_()
     for reader in readers:
         assert reader.read_only
@@ -138,7 +121,7 @@ def test_a_system_without_locks(
     """No folder, and none made; files are saved, and leave nothing behind."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(OSError, match="a folder of a store needs locks, which this system has not"):
-        memories.new_store(path=tmp_path / "a" / "b")
+        new_store(path=tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     store, expected = filled(randn)
     left = tmp_path / f".file.{'0' * 32}"
@@ -162,7 +145,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path, randn: Randn) -> 
 
 def test_one_writer(tmp_path: Path, randn: Randn) -> None:
     store, expected = filled(randn, path=tmp_path / "store")
-    for make in (MemoryStore.open, lambda path: memories.new_store(path=path)):
+    for make in (MemoryStore.open, lambda path: new_store(path=path)):
         with pytest.raises(ValueError, match="store' is open in another store"):
             make(tmp_path / "store")
     assert expected.same(store)
