@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from shared_core.testing import load_beside
+
+# What the tests import. They are imported by path, so it would not be found beside them.
+load_beside(__file__, "tables")
+
 TORCH = """
     __version__ = "9.9"
     threads = 4

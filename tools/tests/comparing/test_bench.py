@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from tables import row
 
 import bench
 import peak_memory
@@ -104,11 +105,6 @@ def run(compared: Compared, *more: str, reference: bool = True) -> int:
     return bench.main(compared.arguments(*cache, *more, reference=reference))
 
 
-def cells(text: str, start: str) -> list[str]:
-    (line, *_) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
 def test_all_measures_in_both_environments(compared: Compared) -> None:
     compared.write("bench_cases.py", CASES)
     assert run(compared) == 0
@@ -116,13 +112,13 @@ def test_all_measures_in_both_environments(compared: Compared) -> None:
     assert "Ours: 1.0.0, torch 9.9, Python" in text
     assert "Reference: old-thing 0.1, torch 9.9" in text
     # A run is 4 ms of CPU time on both sides, and ours is worth two units.
-    reached = cells(text, "speed: reference / ours")
+    reached = row(text, "speed: reference / ours")
     assert float(reached[1]) == pytest.approx(2, rel=0.45)
     assert reached[3] == "yes"
     assert "## Wall time, 4 threads" in text
-    assert cells(text, "from where on")[2] == "<= 2"
+    assert row(text, "from where on")[2] == "<= 2"
     assert "## from where on: CPU time, 1 thread" in text
-    memory = cells(text, "memory: reference / ours")
+    memory = row(text, "memory: reference / ours")
     assert float(memory[1]) == pytest.approx(3, rel=0.05)
     assert float(memory[4].removesuffix(" MiB")) == pytest.approx(32, rel=0.05)
 
@@ -189,7 +185,7 @@ def test_a_subject_imports_what_the_demonstration_is_made_of(compared: Compared)
         """,
     )
     assert run(compared, reference=False) == 0
-    assert cells((compared.benchmarks / "RESULTS.md").read_text(), "shown")[4] == "7"
+    assert row((compared.benchmarks / "RESULTS.md").read_text(), "shown")[4] == "7"
 
 
 def test_without_bounds_quotients_remain() -> None:
@@ -217,7 +213,7 @@ def test_resuming_keeps_what_was_measured(
 
     def stamps(*more: str) -> list[str]:
         assert run(compared, "--only", "stamp", *more) == 0
-        return cells(capsys.readouterr().out, "stamp")[4:]
+        return row(capsys.readouterr().out, "stamp")[4:]
 
     first = stamps()
     assert stamps("--resume") == first
@@ -254,7 +250,7 @@ def test_a_failing_case_does_not_stop_the_others(
     cache.write_text(json.dumps(content))
     assert run(compared, "--resume", reference=False) == 1
     text = (compared.benchmarks / "RESULTS.md").read_text()
-    assert cells(text, "first")[4] == "7"
+    assert row(text, "first")[4] == "7"
     assert "- second: **not measured**" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tables import row
 
 from bench_case import Case, Subject, Target
 from bench_report import figures, report
@@ -47,12 +48,6 @@ SPEED_SAMPLES = {
 def written(case: Case, samples: dict[str, Any] | None, **more: Any) -> str:
     records = {} if samples is None else {case.title: {"samples": samples}}
     return report("thing", [case], records, {**ABOUT, **more}, "cpu")
-
-
-def row(text: str, start: str) -> list[str]:
-    """The cells of the first row of a table that begins so."""
-    (line, *_) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_quotients_of_medians_are_held_against_the_targets() -> None:
