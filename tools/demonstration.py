@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import sys
@@ -12,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from command import Parser
@@ -38,12 +36,19 @@ def new_parser(page: str | None) -> Parser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path("demo-output"),
         metavar="FOLDER",
         help="for the results (demo-output)",
     )
     return parser
+
+
+def path(text: str) -> Path:
+    """Reads a path, which has a name."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
 
 
 def number(
@@ -83,20 +88,6 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as problem:
         raise DemoError(f"cannot write to {folder}: {problem.strerror}") from problem
-
-
-def load(examples: Path, *names: str) -> list[ModuleType]:
-    """Modules of a demonstration, which is a script: they import each other from its folder.
-
-    None can be imported afterwards: another package's demonstration has modules of the same names.
-    """
-    sys.path.insert(0, str(examples))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(examples))
-        for path in examples.glob("*.py"):
-            sys.modules.pop(path.stem, None)
 
 
 def silent(_: float) -> None:

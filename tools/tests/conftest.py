@@ -8,14 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+from shared_core.testing import load_beside
 
 TOOLS = Path(__file__).resolve().parents[1]
 ROOT = TOOLS.parent
 # The tools are scripts: they import each other from the folder they lie in.
 sys.path.insert(0, str(TOOLS))
+# What the tests of demonstrations import. They are imported by path, so it would not be found.
+load_beside(__file__, "demos")
 
 
 class Repository:
@@ -130,17 +135,37 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def demo(request: pytest.FixtureRequest) -> ModuleType:
+    """The demonstration that the test's module has loaded."""
+    found: ModuleType = request.module.demo
+    return found
+
+
+@pytest.fixture
 def run(
-    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs the demonstration `demo` of the test's module; returns status, output and errors."""
+    """Runs the demonstration; returns status, output and errors."""
 
     def call(*options: object) -> tuple[int, str, str]:
         arguments = [*map(str, ("--out", tmp_path / "out")), *map(str, options)]
         try:
-            status = request.module.demo.main(arguments)
+            status = demo.main(arguments)
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Callable[..., tuple[int, str, str]]) -> Callable[..., None]:
+    """Runs the demonstration, which ends at once, with this status and these words in one line."""
+
+    def call(expected: int, words: str, *options: object) -> None:
+        status, output, errors = run(*options)
+        assert (status, output) == (expected, "")
+        assert errors.count("\n") == 1
+        assert words in errors
 
     return call

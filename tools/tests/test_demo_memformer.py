@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from demos import load
 
-from distributions import ROOT
-from workers import load_module
-
-EXAMPLES = ROOT / "packages" / "memformer" / "examples"
-
-
-def load(*names: str) -> Iterator[ModuleType]:
-    """Modules of the demonstration, which is a script: they import each other from its folder.
-
-    Another package's demonstration has modules of the same names.
-    """
-    sys.path.insert(0, str(EXAMPLES))
-    others = {name: sys.modules.pop(name, None) for name in ("display", *names)}
-    try:
-        yield from map(importlib.import_module, ("display", *names))
-        yield load_module(EXAMPLES / "demo.py")
-    finally:
-        sys.path.remove(str(EXAMPLES))
-        for name, module in others.items():
-            del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
-
-
-display, recall, peak, demo = load("recall", "peak")
+recall, peak, demo = load("memformer", "recall", "peak", "demo")
 
 SMALL = ("--steps", 3, "--batch", 2, "--asked", 3, "--no-peak")
 
@@ -99,34 +73,17 @@ def test_minutes_end_it_sooner(run: Callable[..., Any], tmp_path: Path) -> None:
         (("--asked", "0"), "--asked"),
         (("--seed", "-1"), "--seed"),
         (("--minutes", "0"), "--minutes"),
-        (("--nonsense",), "--nonsense"),
     ],
 )
 def test_bad_options_take_one_line(
-    run: Callable[..., Any], options: tuple[str, ...], words: str
+    refused: Callable[..., None], options: tuple[str, ...], words: str
 ) -> None:
-    status, output, errors = run(*options)
-    assert (status, output) == (2, "")
-    assert errors.count("\n") == 1
-    assert words in errors
+    refused(2, words, *options)
 
 
-def test_an_unwritable_folder_takes_one_line(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_unwritable_plot_takes_one_line(refused: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for option in (("--out", tmp_path / "file" / "x"), ("--plot", tmp_path / "file" / "x.png")):
-        status, output, errors = run(*SMALL, *option)
-        assert (status, output) == (1, "")
-        assert errors.count("\n") == 1
-        assert str(tmp_path) in errors
-
-
-def test_it_stops_when_asked(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "train", stop)
-    status, _, errors = run(*SMALL)
-    assert (status, errors) == (130, "demo: stopped\n")
+    refused(1, str(tmp_path), *SMALL, "--plot", tmp_path / "file" / "x.png")
 
 
 def test_where_memory_cannot_be_told_the_rest_is_shown(
@@ -137,13 +94,6 @@ def test_where_memory_cannot_be_told_the_rest_is_shown(
     status, output, _ = run(*SMALL[:-1])
     assert status == 0
     assert "cannot measure replay over 2 segments" in output
-
-
-def test_help_is_read_by_people(run: Callable[..., Any]) -> None:
-    status, output, errors = run("--help")
-    assert (status, errors) == (0, "")
-    assert "nox -s demo -- memformer" in output
-    assert "--out FOLDER" in output
 
 
 def test_questions_are_about_the_pairs_of_the_first_segment() -> None:

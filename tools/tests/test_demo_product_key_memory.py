@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from demos import load
 from torch.utils.flop_counter import FlopCounterMode
 
 from demonstration import DemoError
-from distributions import ROOT
-from workers import load_module
 
-EXAMPLES = ROOT / "packages" / "product-key-memory" / "examples"
-# The demonstration is a script: its modules import each other from the folder they lie in.
-sys.path.append(str(EXAMPLES))
-
-facts, miniatures = map(importlib.import_module, ("facts", "miniatures"))
-# Another package's demonstration has the name "demo".
-demo = load_module(EXAMPLES / "demo.py")
+facts, miniatures, demo = load("product-key-memory", "facts", "miniatures", "demo")
 
 SMALL = ("--facts", 200, "--steps", 30, "--edits", 40, "--tokens", 300)
 
@@ -69,24 +60,12 @@ def test_the_seed_says_all(run: Callable[..., Any], tmp_path: Path) -> None:
         (("--steps", "0"), "--steps"),
         (("--seed", "-1"), "--seed"),
         (("--facts", "100", "--edits", "200"), "would change all"),
-        (("--fact", "100", "--nonsense"), "--nonsense"),
     ],
 )
 def test_bad_options_take_one_line(
-    run: Callable[..., Any], options: tuple[str, ...], words: str
+    refused: Callable[..., None], options: tuple[str, ...], words: str
 ) -> None:
-    status, output, errors = run(*options)
-    assert (status, output) == (2, "")
-    assert errors.count("\n") == 1
-    assert words in errors
-
-
-def test_an_unwritable_folder_takes_one_line(run: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    status, output, errors = run("--out", tmp_path / "file" / "below")
-    assert (status, output) == (1, "")
-    assert errors.count("\n") == 1
-    assert str(tmp_path) in errors
+    refused(2, words, *options)
 
 
 def test_a_model_that_stored_nothing_is_refused() -> None:
@@ -96,22 +75,6 @@ def test_a_model_that_stored_nothing_is_refused() -> None:
     known = known._replace(answers=torch.full((20,), -1))
     with pytest.raises(DemoError, match="none of 20 facts"):
         miniatures.forgetting(model, known, [], miniatures.fine_tune_all)
-
-
-def test_it_stops_when_asked(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "store", stop)
-    status, _, errors = run(*SMALL)
-    assert (status, errors) == (130, "demo: stopped\n")
-
-
-def test_help_is_read_by_people(run: Callable[..., Any]) -> None:
-    status, output, errors = run("--help")
-    assert (status, errors) == (0, "")
-    assert "nox -s demo -- product-key-memory" in output
-    assert "--out FOLDER" in output
 
 
 def test_multiplications_are_those_that_are_made() -> None:

@@ -40,7 +40,7 @@ from progress import LOSSES, PLOT, LiveProgress, LossRecord, read_losses, say
 from settings import SIZES, Settings
 from training import Training
 
-from demonstration import DemoError, check_writable, number
+from demonstration import DemoError, check_writable, new_parser, number, path
 
 YEAR = 525_600  # minutes
 
@@ -66,28 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    usage, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "demo", description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--minutes", type=number(most=YEAR, kind=float), help="time to train, without set-up (2)")
     add("--steps", type=number(most=10**9), help="steps to train, instead of a time")
     add("--corpus", type=path, metavar="PATH", help="folder or file to learn instead")
     add(
-        "--out",
-        type=path,
-        default=Path("demo-output"),
-        metavar="FOLDER",
-        help="for the results (demo-output); to resume on several machines all\n"
-        "of them must see it, since only the first one writes",
-    )
-    add(
         "--resume",
         nargs="?",
         const="",
         metavar="CHECKPOINT",
-        help="go on from the last one, or from this",
+        help="go on from the last one, or from this; on several machines all of\n"
+        "them must see --out, since only the first one writes",
     )
     add("--size", choices=tuple(SIZES), help="of the model (large from 5 minutes on)")
     add(
@@ -103,12 +93,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--num-nodes", type=number(most=10**9), default=1, help="machines (1)")
     add("--accelerator", default="cpu", help="in Lightning's words: cpu (default), gpu, ...")
     return parser.parse_args(arguments)
-
-
-def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("an empty path")
-    return Path(text)
 
 
 def run(options: argparse.Namespace) -> None:
