@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from feedback_transformer import FeedbackTransformer, oracle
+from shared_core.testing import displace, normal
 
 # The tensors of the tests are tiny. A second thread has nothing to do, and where other processes
 # keep the machine busy the threads wait for each other many times longer than they work.
@@ -35,15 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def filled(module: torch.nn.Module) -> None:
-    """No parameter at its initial value: ones and zeros hide mistakes."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.3 * noise.to(parameter))
-
-
 class Kit:
     """What the tests need on a device."""
 
@@ -53,13 +45,10 @@ class Kit:
     def make(self, **changes: Any) -> FeedbackTransformer:
         """A model of width 6 and two layers, in float64, always with the same weights."""
         torch.manual_seed(0)
-        module = FeedbackTransformer(**(SETTINGS | changes)).to(self.device, torch.float64)
-        filled(module)
-        return module
+        return displace(FeedbackTransformer(**(SETTINGS | changes)).to(self.device, torch.float64))
 
     def normal(self, *shape: int, seed: int = 1) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device)
+        return normal(*shape, seed=seed, device=self.device)
 
     def tokens(self, b: int, n: int, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -19,15 +19,10 @@ from h_transformer_1d import (
     HAttention1D,
     HTransformer1D,
 )
+from shared_core.testing import wave
 
 SHAPES = list(itertools.product([False, True], repeat=3))
 KINDS = pytest.mark.parametrize(("reversible", "causal", "shift_tokens"), SHAPES)
-
-
-def wave(shape: tuple[int, ...], phase: int) -> Tensor:
-    """Numbers that need no random generator."""
-    n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    return (0.4 * torch.sin(n * (1.3 + 0.11 * phase) + phase)).reshape(shape)
 
 
 def reference_state(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from functools import partial
 from typing import Any
 
@@ -21,18 +20,7 @@ from h_transformer_1d import (
     SequentialSequence,
     h_attention,
 )
-
-
-def refused(error: type[Exception], call: Any, *fragments: object) -> None:
-    """The call raises this error, and its message has all the fragments."""
-    with pytest.raises(error) as caught:
-        call()
-    # A subclass would be somebody else's error that happened to come by.
-    assert type(caught.value) is error
-    for fragment in fragments:
-        # A number is not found inside of another one.
-        whole = rf"(?<!\d){re.escape(str(fragment))}(?!\d)"
-        assert re.search(whole, str(caught.value)), str(caught.value)
+from shared_core.testing import assert_refused
 
 
 def attention_inputs(device: torch.device, **changes: Any) -> dict[str, Any]:
@@ -62,7 +50,9 @@ def test_shapes(
 ) -> None:
     dtype = torch.bool if name == "mask" else torch.float32
     x = torch.zeros(shape, dtype=dtype, device=device)
-    refused(ValueError, lambda: h_attention(**attention_inputs(device, **{name: x})), *fragments)
+    assert_refused(
+        ValueError, lambda: h_attention(**attention_inputs(device, **{name: x})), *fragments
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,12 +70,16 @@ def test_shapes_of_both_keys_and_values(
     device: torch.device, shape: tuple[int, ...], fragments: list[object]
 ) -> None:
     x = torch.zeros(shape, device=device)
-    refused(ValueError, lambda: h_attention(**attention_inputs(device, k=x, v=x)), *fragments)
+    assert_refused(
+        ValueError, lambda: h_attention(**attention_inputs(device, k=x, v=x)), *fragments
+    )
 
 
 def test_no_token(device: torch.device) -> None:
     q, k, v = torch.zeros(3, 2, 6, 0, 8, device=device)
-    refused(ValueError, lambda: h_attention(q, k, v, causal=True, block_size=4), "(2, 6, 0, 8)")
+    assert_refused(
+        ValueError, lambda: h_attention(q, k, v, causal=True, block_size=4), "(2, 6, 0, 8)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,13 +95,15 @@ def test_types(
 ) -> None:
     changed = attention_inputs(device)
     changed[name] = changed[name].to(dtype)
-    refused(TypeError, lambda: h_attention(**changed), *fragments)
+    assert_refused(TypeError, lambda: h_attention(**changed), *fragments)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
 def test_a_mask_is_boolean(device: torch.device, dtype: torch.dtype) -> None:
     mask = torch.ones(2, 21, dtype=dtype, device=device)
-    refused(TypeError, lambda: h_attention(**attention_inputs(device, mask=mask)), "mask", dtype)
+    assert_refused(
+        TypeError, lambda: h_attention(**attention_inputs(device, mask=mask)), "mask", dtype
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +130,7 @@ def test_a_mask_is_boolean(device: torch.device, dtype: torch.dtype) -> None:
 def test_options(
     device: torch.device, error: type[Exception], changes: dict[str, Any], fragments: list[object]
 ) -> None:
-    refused(error, lambda: h_attention(**attention_inputs(device, **changes)), *fragments)
+    assert_refused(error, lambda: h_attention(**attention_inputs(device, **changes)), *fragments)
 
 
 def model_arguments(**changes: Any) -> dict[str, Any]:
@@ -167,19 +163,25 @@ def model_arguments(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_sizes_are_positive(name: str, value: int) -> None:
-    refused(ValueError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value)
+    assert_refused(
+        ValueError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value
+    )
 
 
 @pytest.mark.parametrize("value", [8.0, "8", None])
 @pytest.mark.parametrize("name", ["dim", "depth", "max_seq_len", "heads", "dim_head", "block_size"])
 def test_sizes_are_whole_numbers(name: str, value: object) -> None:
-    refused(TypeError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value)
+    assert_refused(
+        TypeError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value
+    )
 
 
 @pytest.mark.parametrize("name", ["attn_dropout", "ff_dropout"])
 @pytest.mark.parametrize("value", [-0.25, 1.25])
 def test_dropout_is_a_probability(name: str, value: float) -> None:
-    refused(ValueError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value)
+    assert_refused(
+        ValueError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,13 +202,15 @@ def test_dropout_is_a_probability(name: str, value: float) -> None:
 def test_model_options(
     error: type[Exception], changes: dict[str, Any], fragments: list[object]
 ) -> None:
-    refused(error, lambda: HTransformer1D(**model_arguments(**changes)), *fragments)
+    assert_refused(error, lambda: HTransformer1D(**model_arguments(**changes)), *fragments)
 
 
 def test_a_rotary_embedding_wider_than_a_head() -> None:
     pos_emb = RotaryEmbedding(dim=12)
-    refused(ValueError, lambda: HTransformer1D(**model_arguments(pos_emb=pos_emb)), 12, 8)
-    refused(ValueError, lambda: HAttention1D(16, heads=2, dim_head=8, pos_emb=pos_emb), 12, 8)
+    assert_refused(ValueError, lambda: HTransformer1D(**model_arguments(pos_emb=pos_emb)), 12, 8)
+    assert_refused(
+        ValueError, lambda: HAttention1D(16, heads=2, dim_head=8, pos_emb=pos_emb), 12, 8
+    )
 
 
 def test_arguments_are_keywords() -> None:
@@ -278,15 +282,15 @@ def test_model_inputs(device: torch.device, causal: bool) -> None:
     def ids(*shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.long, device=device)
 
-    refused(ValueError, lambda: model(ids(2, 65)), 65, 64)
-    refused(ValueError, lambda: model(ids(21)), (21,))
-    refused(ValueError, lambda: model(ids(2, 3, 4)), (2, 3, 4))
-    refused(ValueError, lambda: model(ids(2, 0)), (2, 0))
-    refused(TypeError, lambda: model(ids(2, 21).float()), torch.float32)
+    assert_refused(ValueError, lambda: model(ids(2, 65)), 65, 64)
+    assert_refused(ValueError, lambda: model(ids(21)), (21,))
+    assert_refused(ValueError, lambda: model(ids(2, 3, 4)), (2, 3, 4))
+    assert_refused(ValueError, lambda: model(ids(2, 0)), (2, 0))
+    assert_refused(TypeError, lambda: model(ids(2, 21).float()), torch.float32)
     mask = torch.ones(2, 21, dtype=torch.bool, device=device)
-    refused(ValueError, lambda: model(ids(2, 20), mask=mask), (2, 20), (2, 21))
-    refused(ValueError, lambda: model(ids(1, 21), mask=mask), (1, 21), (2, 21))
-    refused(TypeError, lambda: model(ids(2, 21), mask=mask.long()), "mask", torch.int64)
+    assert_refused(ValueError, lambda: model(ids(2, 20), mask=mask), (2, 20), (2, 21))
+    assert_refused(ValueError, lambda: model(ids(1, 21), mask=mask), (1, 21), (2, 21))
+    assert_refused(TypeError, lambda: model(ids(2, 21), mask=mask.long()), "mask", torch.int64)
     with pytest.raises(TypeError):
         model(ids(2, 21), no_such_option=1)
 
@@ -295,14 +299,14 @@ def test_model_inputs(device: torch.device, causal: bool) -> None:
 def test_embedding_inputs(device: torch.device, causal: bool) -> None:
     model = HTransformer1D(**model_arguments(num_tokens=None, causal=causal)).to(device)
     x = torch.zeros(2, 21, 16, device=device)
-    refused(ValueError, lambda: model(x[..., :15]), 16, 15)
-    refused(ValueError, lambda: model(x[0]), (21, 16))
-    refused(ValueError, lambda: model(torch.zeros(2, 65, 16, device=device)), 65, 64)
-    refused(TypeError, lambda: model(x.long()), torch.int64)
+    assert_refused(ValueError, lambda: model(x[..., :15]), 16, 15)
+    assert_refused(ValueError, lambda: model(x[0]), (21, 16))
+    assert_refused(ValueError, lambda: model(torch.zeros(2, 65, 16, device=device)), 65, 64)
+    assert_refused(TypeError, lambda: model(x.long()), torch.int64)
     if causal:
         prompt = torch.ones(2, 3, dtype=torch.long, device=device)
-        refused(ValueError, lambda: model.generate(prompt, 3), "num_tokens")
-        refused(ValueError, lambda: model.stream(prompt, 3), "num_tokens")
+        assert_refused(ValueError, lambda: model.generate(prompt, 3), "num_tokens")
+        assert_refused(ValueError, lambda: model.stream(prompt, 3), "num_tokens")
 
 
 def test_attention_inputs(device: torch.device) -> None:
@@ -310,17 +314,17 @@ def test_attention_inputs(device: torch.device) -> None:
     bidirectional = HAttention1D(16, heads=2, dim_head=8, block_size=4).to(device)
     for attention in (causal, bidirectional):
         x = torch.zeros(2, 21, 16, device=device)
-        refused(ValueError, lambda: attention(x[0]), (21, 16))  # noqa: B023
-        refused(ValueError, lambda: attention(x[..., :15]), 16, 15)  # noqa: B023
+        assert_refused(ValueError, lambda: attention(x[0]), (21, 16))  # noqa: B023
+        assert_refused(ValueError, lambda: attention(x[..., :15]), 16, 15)  # noqa: B023
         mask = torch.ones(2, 20, dtype=torch.bool, device=device)
-        refused(ValueError, lambda: attention(x, mask=mask), (2, 20), (2, 21))  # noqa: B023
-        refused(TypeError, lambda: attention(x, mask=x[..., 0]), "mask", torch.float32)  # noqa: B023
-        refused(ValueError, lambda: attention(x[:, :0]), 0)  # noqa: B023
+        assert_refused(ValueError, lambda: attention(x, mask=mask), (2, 20), (2, 21))  # noqa: B023
+        assert_refused(TypeError, lambda: attention(x, mask=x[..., 0]), "mask", torch.float32)  # noqa: B023
+        assert_refused(ValueError, lambda: attention(x[:, :0]), 0)  # noqa: B023
         angles = torch.zeros(20, 8, device=device)
-        refused(ValueError, lambda: attention(x, angles=angles), (20, 8), 21)  # noqa: B023
+        assert_refused(ValueError, lambda: attention(x, angles=angles), (20, 8), 21)  # noqa: B023
         wide = torch.zeros(21, 10, device=device)
-        refused(ValueError, lambda: attention(x, angles=wide), (21, 10), 8)  # noqa: B023
-    refused(ValueError, lambda: causal(torch.zeros(2, 31, 16, device=device)), 31, 30)
+        assert_refused(ValueError, lambda: attention(x, angles=wide), (21, 10), 8)  # noqa: B023
+    assert_refused(ValueError, lambda: causal(torch.zeros(2, 31, 16, device=device)), 31, 30)
     with pytest.raises(TypeError):
         CausalHAttention1D(16, max_seq_len=30, query_resolution="coarse")
 
@@ -329,11 +333,11 @@ def test_only_causal_models_step(device: torch.device) -> None:
     model = HTransformer1D(**model_arguments(causal=False)).to(device)
     causal = HTransformer1D(**model_arguments()).to(device)
     x = torch.ones(2, 5, dtype=torch.long, device=device)
-    refused(ValueError, lambda: model.init_state(2), "causal")
-    refused(ValueError, lambda: model.step(x, causal.init_state(2)), "causal")
-    refused(ValueError, lambda: model(x, return_state=True), "causal")
-    refused(ValueError, lambda: model.generate(x, 3), "causal")
-    refused(ValueError, lambda: model.stream(x, 3), "causal")
+    assert_refused(ValueError, lambda: model.init_state(2), "causal")
+    assert_refused(ValueError, lambda: model.step(x, causal.init_state(2)), "causal")
+    assert_refused(ValueError, lambda: model(x, return_state=True), "causal")
+    assert_refused(ValueError, lambda: model.generate(x, 3), "causal")
+    assert_refused(ValueError, lambda: model.stream(x, 3), "causal")
 
 
 def test_steps(device: torch.device) -> None:
@@ -342,12 +346,12 @@ def test_steps(device: torch.device) -> None:
     def ids(*shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.long, device=device)
 
-    refused(ValueError, lambda: model.init_state(-1), -1)
+    assert_refused(ValueError, lambda: model.init_state(-1), -1)
     state = model.init_state(2)
-    refused(ValueError, lambda: model.step(ids(3, 1), state), 3, 2)
-    refused(ValueError, lambda: model.step(ids(2), state), (2,))
-    refused(ValueError, lambda: model.step(ids(2, 0), state), (2, 0))
-    refused(TypeError, lambda: model.step(ids(2, 1).float(), state), torch.float32)
+    assert_refused(ValueError, lambda: model.step(ids(3, 1), state), 3, 2)
+    assert_refused(ValueError, lambda: model.step(ids(2), state), (2,))
+    assert_refused(ValueError, lambda: model.step(ids(2, 0), state), (2, 0))
+    assert_refused(TypeError, lambda: model.step(ids(2, 1).float(), state), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -369,24 +373,28 @@ def test_a_state_of_another_model(
     other = HTransformer1D(**model_arguments(**{**settings, **changes})).to(device)
     x = torch.ones(2, 9, dtype=torch.long, device=device)
     _, state = other(x, return_state=True)
-    refused(ValueError, lambda: model.step(x[:, :1], state), *fragments)
+    assert_refused(ValueError, lambda: model.step(x[:, :1], state), *fragments)
 
 
 def test_rotary_with_xpos() -> None:
     xpos = RotaryEmbedding(8, use_xpos=True)
-    refused(ValueError, lambda: HTransformer1D(**model_arguments(pos_emb=xpos)), "use_xpos=True")
+    assert_refused(
+        ValueError, lambda: HTransformer1D(**model_arguments(pos_emb=xpos)), "use_xpos=True"
+    )
 
 
 def test_legacy_length() -> None:
     arguments = model_arguments(legacy=True, max_seq_len=24, block_size=8)
-    refused(ValueError, lambda: HTransformer1D(**arguments), "max_seq_len=24", "block_size=8")
+    assert_refused(
+        ValueError, lambda: HTransformer1D(**arguments), "max_seq_len=24", "block_size=8"
+    )
 
 
 def test_the_type_of_a_level_bias(device: torch.device) -> None:
     q = torch.randn(1, 2, 9, 4, device=device)
     bias = torch.zeros(3, 2, dtype=torch.int64, device=device)
     call = partial(h_attention, q, q, q, causal=True, block_size=4, level_bias=bias)
-    refused(TypeError, call, torch.int64)
+    assert_refused(TypeError, call, torch.int64)
 
 
 def test_generation(device: torch.device) -> None:
@@ -394,15 +402,15 @@ def test_generation(device: torch.device) -> None:
     prompt = torch.ones(2, 3, dtype=torch.long, device=device)
     for call in (model.generate, model.stream):
         # stream refuses when it is called, not when its first token is asked for.
-        refused(ValueError, lambda: call(prompt, -1), -1)  # noqa: B023
-        refused(ValueError, lambda: call(prompt, 3, temperature=-0.5), -0.5)  # noqa: B023
-        refused(ValueError, lambda: call(prompt, 3, top_k=0), "top_k", 0)  # noqa: B023
-        refused(ValueError, lambda: call(prompt, 3, top_p=1.5), "top_p", 1.5)  # noqa: B023
-        refused(ValueError, lambda: call(prompt, 3, top_p=-0.5), "top_p", -0.5)  # noqa: B023
-        refused(ValueError, lambda: call(prompt, 3, min_p=1.5), "min_p", 1.5)  # noqa: B023
-        refused(ValueError, lambda: call(prompt[0], 3), (3,))  # noqa: B023
-        refused(ValueError, lambda: call(prompt[:, :0], 3), (2, 0))  # noqa: B023
-        refused(TypeError, lambda: call(prompt.float(), 3), torch.float32)  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt, -1), -1)  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt, 3, temperature=-0.5), -0.5)  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt, 3, top_k=0), "top_k", 0)  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt, 3, top_p=1.5), "top_p", 1.5)  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt, 3, top_p=-0.5), "top_p", -0.5)  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt, 3, min_p=1.5), "min_p", 1.5)  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt[0], 3), (3,))  # noqa: B023
+        assert_refused(ValueError, lambda: call(prompt[:, :0], 3), (2, 0))  # noqa: B023
+        assert_refused(TypeError, lambda: call(prompt.float(), 3), torch.float32)  # noqa: B023
         with pytest.raises(TypeError):
             call(prompt, 3, no_such_option=1)
 
@@ -420,7 +428,7 @@ def test_generation(device: torch.device) -> None:
     ],
 )
 def test_legacy_knows_no_new_option(changes: dict[str, Any], fragments: list[object]) -> None:
-    refused(
+    assert_refused(
         ValueError, lambda: HTransformer1D(**model_arguments(legacy=True, **changes)), *fragments
     )
 
@@ -438,9 +446,11 @@ def test_legacy_knows_no_new_option(changes: dict[str, Any], fragments: list[obj
 def test_legacy_attention_knows_no_new_option(
     changes: dict[str, Any], fragments: list[object]
 ) -> None:
-    refused(ValueError, lambda: HAttention1D(16, heads=4, legacy=True, **changes), *fragments)
+    assert_refused(
+        ValueError, lambda: HAttention1D(16, heads=4, legacy=True, **changes), *fragments
+    )
     if "query_resolution" not in changes:
-        refused(
+        assert_refused(
             ValueError,
             lambda: CausalHAttention1D(16, max_seq_len=64, heads=4, legacy=True, **changes),
             *fragments,
@@ -451,15 +461,15 @@ def test_legacy_attention_knows_no_new_option(
 def test_layer_dropout_is_a_probability(value: float) -> None:
     blocks = nn.ModuleList([nn.ModuleList([nn.Identity(), nn.Identity()])])
     for sequence in (ReversibleSequence, SequentialSequence):
-        refused(ValueError, lambda: sequence(blocks, layer_dropout=value), value)  # noqa: B023
+        assert_refused(ValueError, lambda: sequence(blocks, layer_dropout=value), value)  # noqa: B023
         odd = nn.ModuleList([nn.ModuleList([nn.Identity()] * 3)])
-        refused(ValueError, lambda: sequence(odd), 3)  # noqa: B023
+        assert_refused(ValueError, lambda: sequence(odd), 3)  # noqa: B023
         with pytest.raises(TypeError, match="no_such_argument"):
             sequence(blocks)(torch.zeros(1, 2, 4), no_such_argument=1)
 
 
 @pytest.mark.parametrize("value", [2, 5])
 def test_dim_head_fits_the_rotary_embedding(value: int) -> None:
-    refused(
+    assert_refused(
         ValueError, lambda: HTransformer1D(**model_arguments(dim_head=value)), "dim_head", value
     )

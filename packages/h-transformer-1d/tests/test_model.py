@@ -19,7 +19,12 @@ from h_transformer_1d import (
 )
 from h_transformer_1d.attention import rotary_angles
 from h_transformer_1d.oracle import h_attention_oracle
-from shared_core.testing import assert_causal, assert_masked_ignored, assert_pieces_equal_whole
+from shared_core.testing import (
+    assert_causal,
+    assert_masked_ignored,
+    assert_pieces_equal_whole,
+    displace,
+)
 
 VARIANTS = {
     "sibling": {},
@@ -61,17 +66,6 @@ BIDIRECTIONAL_MODELS = [
     for name, changes in BIDIRECTIONAL.items()
 ]
 ALL_MODELS = CAUSAL_MODELS + BIDIRECTIONAL_MODELS
-
-
-def shake(model: nn.Module) -> nn.Module:
-    """Every parameter away from its initial value: ones, zeros and equal rows hide mistakes."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.3 * noise.to(parameter))
-    return model
 
 
 def projections(dim: int, inner: int, seed: int = 0) -> dict[str, Tensor]:
@@ -305,7 +299,7 @@ def test_max_seq_len_may_be_anything(
 
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
 def test_causal_at_every_token(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
-    model = shake(make_model(**changes).double())
+    model = displace(make_model(**changes).double())
     x = tokens(1, 41)
     assert_causal(model, x, atol=0.0)
     # And nothing before is out of sight.
@@ -321,7 +315,7 @@ def test_causal_at_every_token(make_model: Any, tokens: Any, changes: dict[str, 
 def test_bidirectional_sees_everything(
     make_model: Any, tokens: Any, changes: dict[str, Any]
 ) -> None:
-    model = shake(make_model(**changes).double())
+    model = displace(make_model(**changes).double())
     x = tokens(1, 41)
     with torch.no_grad():
         out = model(x)
@@ -333,7 +327,7 @@ def test_bidirectional_sees_everything(
 
 @pytest.mark.parametrize("changes", ALL_MODELS)
 def test_masked_tail_equals_trimmed(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
-    model = shake(make_model(**changes).double())
+    model = displace(make_model(**changes).double())
     x = tokens(2, 45)
     for length in (1, 5, 8, 30, 44):
         mask = torch.arange(45, device=x.device)[None].expand(2, 45) < length
@@ -355,7 +349,7 @@ def test_masked_tokens_have_no_influence(
     make_model: Any, tokens: Any, changes: dict[str, Any]
 ) -> None:
     """On no output and on no gradient, the embedding's included."""
-    model = shake(make_model(**changes).double())
+    model = displace(make_model(**changes).double())
     x = tokens(3, 45)
     mask = awkward_mask(x.device)
     assert_masked_ignored(model, x, mask, parameters=list(model.parameters()))
@@ -368,7 +362,7 @@ def test_masked_tokens_have_no_influence(
 def test_nan_in_masked_embeddings(
     device: torch.device, make_model: Any, changes: dict[str, Any]
 ) -> None:
-    model = shake(make_model(num_tokens=None, **changes).double())
+    model = displace(make_model(num_tokens=None, **changes).double())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 45, 16, generator=generator, dtype=torch.float64).to(device)
     assert_masked_ignored(model, x, awkward_mask(device), parameters=list(model.parameters()))
@@ -382,7 +376,7 @@ def test_nan_in_masked_attention_inputs(device: torch.device, causal: bool) -> N
         attention = CausalHAttention1D(16, max_seq_len=64, **settings)
     else:
         attention = HAttention1D(16, **settings)
-    attention = shake(attention.to(device, torch.float64))
+    attention = displace(attention.to(device, torch.float64))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 45, 16, generator=generator, dtype=torch.float64).to(device)
     mask = awkward_mask(device)
@@ -392,7 +386,7 @@ def test_nan_in_masked_attention_inputs(device: torch.device, causal: bool) -> N
 @pytest.mark.parametrize("changes", ALL_MODELS)
 def test_left_padding(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
     """Masked tokens before the first: the others see each other, and only each other."""
-    model = shake(make_model(**changes).double())
+    model = displace(make_model(**changes).double())
     x = tokens(1, 40)
     mask = torch.arange(40, device=x.device)[None] >= 7
     out = model(x, mask=mask)
@@ -416,7 +410,7 @@ def pieces(model: HTransformer1D, x: Tensor, cuts: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
 def test_pieces_equal_whole(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
-    model = shake(make_model(**changes).double()).eval()
+    model = displace(make_model(**changes).double()).eval()
     x = tokens(2, 37)
     state = model.init_state(2)
     assert_pieces_equal_whole(model, model.step, x, state=state)
@@ -426,7 +420,7 @@ def test_pieces_equal_whole(make_model: Any, tokens: Any, changes: dict[str, Any
 
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
 def test_token_by_token_equals_whole(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
-    model = shake(make_model(**changes).double()).eval()
+    model = displace(make_model(**changes).double()).eval()
     one_by_one = [[1] * 64]
     assert_pieces_equal_whole(
         model, model.step, tokens(2, 64), one_by_one, state=model.init_state(2)
@@ -437,7 +431,7 @@ def test_token_by_token_equals_whole(make_model: Any, tokens: Any, changes: dict
 def test_prefill_then_steps_equal_whole(
     make_model: Any, tokens: Any, changes: dict[str, Any]
 ) -> None:
-    model = shake(make_model(**changes).double()).eval()
+    model = displace(make_model(**changes).double()).eval()
     x = tokens(2, 45)
     with torch.no_grad():
         whole = model(x)
@@ -455,7 +449,7 @@ def test_prefill_then_steps_equal_whole(
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
 def test_prefill_with_a_mask(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
     """Prompts of unequal lengths, padded on the left or with gaps, go on as the whole does."""
-    model = shake(make_model(**changes).double()).eval()
+    model = displace(make_model(**changes).double()).eval()
     x = tokens(3, 50)
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[0, :7] = mask[1, :13] = mask[2, 3:9] = False
@@ -473,7 +467,7 @@ def test_prefill_with_a_mask(make_model: Any, tokens: Any, changes: dict[str, An
 
 @pytest.mark.parametrize("changes", CAUSAL_MODELS)
 def test_gradient_through_the_state(make_model: Any, tokens: Any, changes: dict[str, Any]) -> None:
-    model = shake(make_model(**changes).double()).eval()
+    model = displace(make_model(**changes).double()).eval()
     x = tokens(2, 27)
     parameters = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(x).square().sum(), parameters)
@@ -486,7 +480,7 @@ def test_gradient_through_the_state(make_model: Any, tokens: Any, changes: dict[
 def test_steps_continue_past_max_seq_len(
     make_model: Any, tokens: Any, changes: dict[str, Any]
 ) -> None:
-    short = shake(make_model(max_seq_len=20, **changes).double()).eval()
+    short = displace(make_model(max_seq_len=20, **changes).double()).eval()
     long = make_model(max_seq_len=90, **changes).double().eval()
     long.load_state_dict(short.state_dict())
     x = tokens(1, 90)
@@ -788,7 +782,7 @@ def test_angles_take_the_place_of_positions(device: torch.device, causal: bool) 
 
 def test_position_is_relative(make_model: Any, device: torch.device) -> None:
     """In one block rotary embedding knows distances only: a masked start moves nothing."""
-    model = shake(make_model(num_tokens=None, block_size=64).double())
+    model = displace(make_model(num_tokens=None, block_size=64).double())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 20, 16, generator=generator, dtype=torch.float64).to(device)
     later = F.pad(x, (0, 0, 9, 0))

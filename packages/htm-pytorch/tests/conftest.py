@@ -6,10 +6,9 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from torch import Tensor
 
 from htm_pytorch import HTMAttention, HTMBlock
-from shared_core.testing import load_beside
+from shared_core.testing import displace, load_beside
 
 # The tensors of the tests are tiny. A second thread has nothing to do, and where other processes
 # keep the machine busy the threads wait for each other many times longer than they work.
@@ -31,26 +30,9 @@ class Make(Protocol):
     def __call__(self, **changes: Any) -> Any: ...
 
 
-class Randn(Protocol):
-    def __call__(
-        self, *shape: int, seed: int = 1, dtype: torch.dtype = torch.float64
-    ) -> Tensor: ...
-
-
-def filled(module: torch.nn.Module) -> None:
-    """No parameter at its initial value: ones and zeros hide mistakes."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.3 * noise.to(parameter))
-
-
 def make(cls: type[torch.nn.Module], device: torch.device, changes: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    module = cls(**(SETTINGS | changes)).to(device, torch.float64)
-    filled(module)
-    return module
+    return displace(cls(**(SETTINGS | changes)).to(device, torch.float64))
 
 
 @pytest.fixture(scope="session")
@@ -68,14 +50,3 @@ def make_block(device: torch.device) -> Make:
 def impl(request: pytest.FixtureRequest) -> str:
     """Both ways to compute it, in turn."""
     return str(request.param)
-
-
-@pytest.fixture(scope="session")
-def randn(device: torch.device) -> Randn:
-    """Normal numbers that depend on the seed alone."""
-
-    def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    return draw

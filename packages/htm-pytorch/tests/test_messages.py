@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from htm_pytorch import HTMAttention, HTMBlock, SinusoidalPosition
+from shared_core.testing import assert_refused
 
 SETTINGS: dict[str, Any] = {
     "dim": 6,
@@ -20,16 +21,6 @@ CLASSES = pytest.mark.parametrize("cls", [HTMAttention, HTMBlock])
 LEGACY = pytest.mark.parametrize("legacy", [False, True])
 
 
-def refused(error: type[Exception], call: Any, *fragments: object) -> None:
-    """The call raises this error, and its message has all the fragments."""
-    with pytest.raises(error) as caught:
-        call()
-    # A subclass would be somebody else's error that happened to come by.
-    assert type(caught.value) is error
-    for fragment in fragments:
-        assert str(fragment) in str(caught.value), str(caught.value)
-
-
 # Constructors
 
 
@@ -37,7 +28,7 @@ def refused(error: type[Exception], call: Any, *fragments: object) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("value", [0, -3])
 def test_numbers_below_one(cls: Any, name: str, value: int) -> None:
-    refused(
+    assert_refused(
         ValueError, lambda: cls(**(SETTINGS | {name: value})), f"{name} must be at least 1", value
     )
 
@@ -47,31 +38,33 @@ def test_numbers_below_one(cls: Any, name: str, value: int) -> None:
 @pytest.mark.parametrize("value", [2.0, "2", None, True])
 def test_numbers_that_are_no_integers(cls: Any, name: str, value: Any) -> None:
     call = lambda: cls(**(SETTINGS | {name: value}))  # noqa: E731
-    refused(TypeError, call, f"{name} must be an integer, got {value!r}")
+    assert_refused(TypeError, call, f"{name} must be an integer, got {value!r}")
 
 
 @CLASSES
 @pytest.mark.parametrize("impl", ["", "fast", "Auto", None])
 def test_implementations(cls: Any, impl: Any) -> None:
     call = lambda: cls(**SETTINGS, impl=impl)  # noqa: E731
-    refused(ValueError, call, f"impl must be one of auto, absorbed, projected, got {impl!r}")
+    assert_refused(ValueError, call, f"impl must be one of auto, absorbed, projected, got {impl!r}")
 
 
 @CLASSES
 @pytest.mark.parametrize("call", ["constructor", "forward"])
 def test_unknown_keywords(cls: Any, call: str) -> None:
     if call == "constructor":
-        refused(TypeError, lambda: cls(**SETTINGS, no_such_option=1), "no_such_option")
+        assert_refused(TypeError, lambda: cls(**SETTINGS, no_such_option=1), "no_such_option")
         return
     x = torch.zeros(1, 2, 6)
-    refused(TypeError, lambda: cls(**SETTINGS)(x, x, no_such_option=1), "no_such_option")
+    assert_refused(TypeError, lambda: cls(**SETTINGS)(x, x, no_such_option=1), "no_such_option")
 
 
 @CLASSES
 def test_new_arguments_have_names(cls: Any) -> None:
-    refused(TypeError, lambda: cls(6, 2, 2, 3, 4, True, 1e-5, False), "positional argument")
+    assert_refused(TypeError, lambda: cls(6, 2, 2, 3, 4, True, 1e-5, False), "positional argument")
     x = torch.zeros(1, 2, 6)
-    refused(TypeError, lambda: cls(**SETTINGS)(x, x, None, None, True), "positional argument")
+    assert_refused(
+        TypeError, lambda: cls(**SETTINGS)(x, x, None, None, True), "positional argument"
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,21 +72,23 @@ def test_new_arguments_have_names(cls: Any) -> None:
 )
 def test_timescales(scales: tuple[float, float]) -> None:
     fragments = ["timescales must be finite and above 0", *scales]
-    refused(ValueError, lambda: SinusoidalPosition(6, *scales), *fragments)
+    assert_refused(ValueError, lambda: SinusoidalPosition(6, *scales), *fragments)
 
 
 def test_width_of_positions() -> None:
-    refused(ValueError, lambda: SinusoidalPosition(0), "dim must be at least 1, got 0")
-    refused(TypeError, lambda: SinusoidalPosition(6.0), "dim must be an integer, got 6.0")
+    assert_refused(ValueError, lambda: SinusoidalPosition(0), "dim must be at least 1, got 0")
+    assert_refused(TypeError, lambda: SinusoidalPosition(6.0), "dim must be an integer, got 6.0")
     for scale, width in ((4.0, 4), (1.0, 12)):
         said = f"min_timescale {scale} gives a width of {width}, not 6"
-        refused(ValueError, lambda scale=scale: SinusoidalPosition(6, scale), said)
+        assert_refused(ValueError, lambda scale=scale: SinusoidalPosition(6, scale), said)
 
 
 @CLASSES
 @pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf")])
 def test_eps(cls: Any, eps: float) -> None:
-    refused(ValueError, lambda: cls(**SETTINGS, eps=eps), "eps must be finite and at least 0", eps)
+    assert_refused(
+        ValueError, lambda: cls(**SETTINGS, eps=eps), "eps must be finite and at least 0", eps
+    )
 
 
 @CLASSES
@@ -101,12 +96,14 @@ def test_eps(cls: Any, eps: float) -> None:
 def test_what_legacy_does_not_return(cls: Any, option: str) -> None:
     x = torch.zeros(1, 6, 6)
     module = cls(**SETTINGS, legacy=True)
-    refused(ValueError, lambda: module(x, x, **{option: True}), f"legacy=True has no {option}")
+    assert_refused(
+        ValueError, lambda: module(x, x, **{option: True}), f"legacy=True has no {option}"
+    )
 
 
 @CLASSES
 def test_options_that_the_reference_does_not_have(cls: Any) -> None:
-    refused(
+    assert_refused(
         ValueError,
         lambda: cls(**SETTINGS, legacy=True, detach_memories=False, impl="projected"),
         "legacy=True has no detach_memories, impl",
@@ -128,10 +125,12 @@ def test_sequences(device: torch.device, cls: Any, legacy: bool, name: str) -> N
     given = {key: torch.zeros(2, 7, 6, device=device) for key in ("queries", "memories")}
     for shape in ((7, 6), (2, 7, 5), (2, 7, 6, 1), (6,), (2, 6, 7)):
         bad = given | {name: torch.zeros(shape, device=device)}
-        refused(ValueError, lambda b=bad: module(**b), f"{name} must be (b, n, 6)", shape)
+        assert_refused(ValueError, lambda b=bad: module(**b), f"{name} must be (b, n, 6)", shape)
     for dtype in (torch.int64, torch.bool):
         bad = given | {name: given[name].to(dtype)}
-        refused(TypeError, lambda b=bad: module(**b), f"{name} must be floating point, got {dtype}")
+        assert_refused(
+            TypeError, lambda b=bad: module(**b), f"{name} must be floating point, got {dtype}"
+        )
 
 
 @CLASSES
@@ -142,7 +141,7 @@ def test_batches(device: torch.device, cls: Any, legacy: bool) -> None:
         queries = torch.zeros(b, 4, 6, device=device)
         memories = torch.zeros(other, 7, 6, device=device)
         call = lambda q=queries, x=memories: module(q, x)  # noqa: E731
-        refused(ValueError, call, "must be of one batch", f"got {b} and {other} rows")
+        assert_refused(ValueError, call, "must be of one batch", f"got {b} and {other} rows")
 
 
 @CLASSES
@@ -174,11 +173,11 @@ def test_masks(
     for shape in wrong:
         mask = torch.ones(shape, dtype=torch.bool, device=device)
         call = lambda x=mask: module(queries, memories, **{name: x})  # noqa: E731
-        refused(ValueError, call, f"{name} must be {right}", f"got shape {shape}")
+        assert_refused(ValueError, call, f"{name} must be {right}", f"got shape {shape}")
     for dtype in (torch.float32, torch.int64, torch.uint8):
         mask = torch.ones(right, dtype=dtype, device=device)
         call = lambda x=mask: module(queries, memories, **{name: x})  # noqa: E731
-        refused(TypeError, call, f"{name} must be boolean, got {dtype}")
+        assert_refused(TypeError, call, f"{name} must be boolean, got {dtype}")
 
 
 def test_chunks_for_the_reference_s_numbers(device: torch.device) -> None:
@@ -186,4 +185,4 @@ def test_chunks_for_the_reference_s_numbers(device: torch.device) -> None:
     for m in (0, 1, 3):
         queries, memories = (torch.zeros(2, n, 6, device=device) for n in (4, m))
         call = lambda q=queries, x=memories: module(q, x)  # noqa: E731
-        refused(ValueError, call, f"legacy=True needs 2 chunks of 3 tokens, got {m}")
+        assert_refused(ValueError, call, f"legacy=True needs 2 chunks of 3 tokens, got {m}")

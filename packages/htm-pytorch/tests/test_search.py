@@ -13,9 +13,10 @@ from memories import CHUNK, DIM, Memories, draw, make_module, new_store
 
 from htm_pytorch import FaissSearch, HTMAttention
 from htm_pytorch.retrieval import Summary, find
+from shared_core.testing import Randn
 
 if TYPE_CHECKING:
-    from conftest import Make, Randn
+    from conftest import Make
 
 
 class ExactIndex:

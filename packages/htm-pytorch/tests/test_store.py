@@ -14,9 +14,10 @@ from torch import Tensor
 
 from htm_pytorch import HTMAttention, HTMBlock, MemoryStore, storage
 from htm_pytorch.retrieval import Summary
+from shared_core.testing import Randn
 
 if TYPE_CHECKING:
-    from conftest import Make, Randn
+    from conftest import Make
 
 
 some_ids = st.permutations(range(ENVIRONMENTS)).flatmap(

@@ -12,16 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from memories import CAPACITY, DIM, Memories, carry_out, filled, make_module, new_store, steps
 
 from htm_pytorch import HTMAttention, MemoryStore, files
-
-if TYPE_CHECKING:
-    from conftest import Randn
+from shared_core.testing import Randn
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from memories import CAPACITY, DIM, contents, filled, new_store
 
 from htm_pytorch import MemoryStore
-
-if TYPE_CHECKING:
-    from conftest import Randn
+from shared_core.testing import Randn
 
 
 def change(file: Path, **changes: Any) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import htm_pytorch
 from htm_pytorch import HTMAttention, MemoryStore
-
-if TYPE_CHECKING:
-    from conftest import Randn
+from shared_core.testing import Randn
 
 CAPACITY = 2 * CHUNK
 SOURCES = str(Path(htm_pytorch.__file__).parent)

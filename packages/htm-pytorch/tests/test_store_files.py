@@ -11,9 +11,10 @@ import torch
 from memories import CAPACITY, CHUNK, DIM, contents, filled, make_module, new_store
 
 from htm_pytorch import HTMAttention, MemoryStore
+from shared_core.testing import Randn
 
 if TYPE_CHECKING:
-    from conftest import Make, Randn
+    from conftest import Make
 
 
 @pytest.mark.parametrize("capacity", [None, CAPACITY])

@@ -17,9 +17,10 @@ from memories import CHUNK, DIM, ENVIRONMENTS, Memories, draw, make_module, new_
 from torch import Tensor
 
 from htm_pytorch import HTMAttention, HTMBlock, MemoryStore
+from shared_core.testing import Randn
 
 if TYPE_CHECKING:
-    from conftest import Make, Randn
+    from conftest import Make
 
 CAPACITY = 2 * CHUNK
 ALL = list(range(ENVIRONMENTS))

@@ -8,16 +8,14 @@ import os
 import pickle
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from memories import CAPACITY, DIM, contents, filled, make_module, new_store
 
 from htm_pytorch import HTMAttention, MemoryStore
-
-if TYPE_CHECKING:
-    from conftest import Randn
+from shared_core.testing import Randn
 
 
 def test_read_only(tmp_path: Path, randn: Randn) -> None:

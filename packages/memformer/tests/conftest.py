@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memformer import Memformer
+from shared_core.testing import displace
 
 # The tensors of the tests are tiny: a second thread has nothing to do.
 torch.set_num_threads(1)
@@ -38,10 +39,6 @@ class Tokens(Protocol):
     def __call__(self, *shape: int, seed: int = 1) -> Tensor: ...
 
 
-class Randn(Protocol):
-    def __call__(self, *shape: int, seed: int = 1) -> Tensor: ...
-
-
 @pytest.fixture(params=["gru", "bmn"])
 def writer(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -59,13 +56,7 @@ def make_model(device: torch.device) -> MakeModel:
 
     def make(**changes: Any) -> Memformer:
         torch.manual_seed(0)
-        model = Memformer(**{**SETTINGS, **changes}).to(device, torch.float64)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.3 * noise.to(parameter))
-        return model
+        return displace(Memformer(**{**SETTINGS, **changes}).to(device, torch.float64))
 
     return make
 
@@ -76,14 +67,5 @@ def tokens(device: torch.device) -> Tokens:
         return torch.randint(TOKENS, shape, generator=torch.Generator().manual_seed(seed)).to(
             device
         )
-
-    return make
-
-
-@pytest.fixture
-def randn(device: torch.device) -> Randn:
-    def make(*shape: int, seed: int = 1) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
     return make

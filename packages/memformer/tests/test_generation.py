@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from memformer import AutoregressiveWrapper, Memformer, TransformerWrapper
 from memformer.autoregressive_wrapper import top_k, top_p
-from shared_core.testing import assert_pieces_equal_whole
+from shared_core.testing import Randn, assert_pieces_equal_whole
 
 if TYPE_CHECKING:
-    from conftest import MakeModel, Randn, Tokens
+    from conftest import MakeModel, Tokens
 
 
 def greedy(model: Memformer, context: Tensor | None, start: Tensor, length: int) -> Tensor:

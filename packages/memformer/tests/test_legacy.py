@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from memformer import Decoder, Encoder, Memformer
+from shared_core.testing import Randn
 
 if TYPE_CHECKING:
-    from conftest import MakeModel, Randn, Tokens
+    from conftest import MakeModel, Tokens
 
 TINY: dict[str, Any] = {
     "dim": 8,

@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memformer import Decoder, Encoder, Memformer, TransformerWrapper
-from shared_core.testing import assert_causal, assert_masked_ignored, assert_prefix_consistent
+from shared_core.testing import (
+    Randn,
+    assert_causal,
+    assert_masked_ignored,
+    assert_prefix_consistent,
+)
 
 if TYPE_CHECKING:
-    from conftest import MakeModel, Randn, Tokens
+    from conftest import MakeModel, Tokens
 
 
 def close(a: Tensor, b: Tensor) -> bool:

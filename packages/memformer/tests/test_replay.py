@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformer import Context, Memformer, memory_replay_backprop
-from shared_core.testing import run_ranks
+from shared_core.testing import Randn, run_ranks
 
 if TYPE_CHECKING:
-    from conftest import MakeModel, Randn, Tokens
+    from conftest import MakeModel, Tokens
 
 SEGMENTS = 5
 N = 9

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from torch import Tensor
 
 from product_key_memory import PKM
+from shared_core.testing import displace
 
 # The tensors of the tests are tiny. A second thread has nothing to do, and where other processes
 # keep the machine busy the threads wait for each other many times longer than they work.
@@ -46,12 +46,6 @@ class MakePKM(Protocol):
     def __call__(self, **changes: Any) -> PKM: ...
 
 
-class Randn(Protocol):
-    def __call__(
-        self, *shape: int, seed: int = 1, dtype: torch.dtype = torch.float64
-    ) -> Tensor: ...
-
-
 @pytest.fixture(params=[pytest.param(changes, id=name) for name, changes in VARIANTS.items()])
 def changes(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Every kind of layer in turn, as constructor arguments."""
@@ -75,22 +69,6 @@ def make_pkm(device: torch.device) -> MakePKM:
         settings = {"dim": 12, "heads": 2, "num_keys": 7, "topk": 4, "dim_head": 6}
         torch.manual_seed(0)
         pkm = PKM(**(settings | changes)).to(device, torch.float64)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in pkm.parameters():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.3 * noise.to(parameter))
-        return pkm
-
-    return make
-
-
-@pytest.fixture
-def randn(device: torch.device) -> Randn:
-    """Normal numbers that depend on the seed alone."""
-
-    def make(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return displace(pkm)
 
     return make

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from product_key_memory import PKM, MemoryPool
 from product_key_memory.transformer import Transformer
+from shared_core.testing import wave
 
 SMALL: dict[str, Any] = {"heads": 2, "num_keys": 6, "topk": 4, "dim_head": 8}
 KINDS: dict[str, dict[str, Any]] = {
@@ -24,12 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 EACH_VERSION = pytest.mark.parametrize("version", ["0.2", "0.3"])
-
-
-def wave(shape: tuple[int, ...], phase: int) -> Tensor:
-    """Numbers that need no random generator."""
-    n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    return (0.4 * torch.sin(n * (1.3 + 0.11 * phase) + phase)).reshape(shape)
 
 
 def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -15,18 +15,9 @@ from product_key_memory import (
     ProductKeyRouter,
     product_top_k,
 )
+from shared_core.testing import assert_refused
 
 SETTINGS: dict[str, Any] = {"dim": 12, "heads": 2, "num_keys": 7, "topk": 4, "dim_head": 6}
-
-
-def refused(error: type[Exception], call: Any, *fragments: object) -> None:
-    """The call raises this error, and its message has all the fragments."""
-    with pytest.raises(error) as caught:
-        call()
-    # A subclass would be somebody else's error that happened to come by.
-    assert type(caught.value) is error
-    for fragment in fragments:
-        assert str(fragment) in str(caught.value), str(caught.value)
 
 
 # The lookup
@@ -37,15 +28,15 @@ def test_slots_of_a_lookup(device: torch.device, k: int) -> None:
     for sizes in ((5, 9), (9, 5)):
         first, second = (torch.zeros(2, size, device=device) for size in sizes)
         fragments = [f"k={k}", f"{sizes[0]} x {sizes[1]}"]
-        refused(ValueError, lambda f=first, s=second: product_top_k(f, s, k), *fragments)
+        assert_refused(ValueError, lambda f=first, s=second: product_top_k(f, s, k), *fragments)
 
 
 def test_scores_of_two_halves(device: torch.device) -> None:
     first = torch.zeros(2, 3, 5, device=device)
     for shape in ((2, 5), (3, 2, 5), (2, 1, 5), (5,)):
         second = torch.zeros(shape, device=device)
-        refused(ValueError, lambda s=second: product_top_k(first, s, 2), (2, 3, 5), shape)
-        refused(ValueError, lambda s=second: product_top_k(s, first, 2), (2, 3, 5), shape)
+        assert_refused(ValueError, lambda s=second: product_top_k(first, s, 2), (2, 3, 5), shape)
+        assert_refused(ValueError, lambda s=second: product_top_k(s, first, 2), (2, 3, 5), shape)
 
 
 # Constructors
@@ -67,14 +58,14 @@ BUILDERS = [
     ],
 )
 def test_numbers(build: Any, name: str, error: type[Exception], value: Any) -> None:
-    refused(error, lambda: build(**{name: value}), name, value)
+    assert_refused(error, lambda: build(**{name: value}), name, value)
 
 
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("name", ["dim", "heads", "topk", "dim_head"])
 @pytest.mark.parametrize("value", [4.0, "4", None])
 def test_integers(build: Any, name: str, value: Any) -> None:
-    refused(TypeError, lambda: build(**{name: value}), name, repr(value))
+    assert_refused(TypeError, lambda: build(**{name: value}), name, repr(value))
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -97,7 +88,7 @@ def test_integers(build: Any, name: str, value: Any) -> None:
     ],
 )
 def test_sub_keys(build: Any, error: type[Exception], value: Any, fragments: list[object]) -> None:
-    refused(error, lambda: build(num_keys=value), *fragments)
+    assert_refused(error, lambda: build(num_keys=value), *fragments)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +97,7 @@ def test_sub_keys(build: Any, error: type[Exception], value: Any, fragments: lis
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_probabilities(name: str, value: float) -> None:
     for build in (PKM, ProductKeyRouter) if name == "query_dropout" else (PKM,):
-        refused(ValueError, lambda b=build: b(**(SETTINGS | {name: value})), name, value)
+        assert_refused(ValueError, lambda b=build: b(**(SETTINGS | {name: value})), name, value)
 
 
 POOL = MemoryPool(49, 12)
@@ -148,7 +139,7 @@ POOL = MemoryPool(49, 12)
     ],
 )
 def test_options(error: type[Exception], changes: dict[str, Any], fragments: list[object]) -> None:
-    refused(error, lambda: PKM(**(SETTINGS | changes)), *fragments)
+    assert_refused(error, lambda: PKM(**(SETTINGS | changes)), *fragments)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +157,7 @@ def test_options(error: type[Exception], changes: dict[str, Any], fragments: lis
     ],
 )
 def test_the_reference_has_no_such_option(changes: dict[str, Any]) -> None:
-    refused(ValueError, lambda: PKM(**(SETTINGS | changes), legacy=True), "legacy", *changes)
+    assert_refused(ValueError, lambda: PKM(**(SETTINGS | changes), legacy=True), "legacy", *changes)
     PKM(**(SETTINGS | changes))
 
 
@@ -192,12 +183,12 @@ def test_a_refused_layer_has_drawn_nothing() -> None:
     ],
 )
 def test_pools(error: type[Exception], changes: dict[str, Any], fragments: list[object]) -> None:
-    refused(error, lambda: MemoryPool(**({"slots": 20, "dim": 3} | changes)), *fragments)
+    assert_refused(error, lambda: MemoryPool(**({"slots": 20, "dim": 3} | changes)), *fragments)
 
 
 @pytest.mark.parametrize("fn", [nn.LayerNorm(3), nn.BatchNorm2d(3)])
 def test_what_a_mask_can_norm(fn: Any) -> None:
-    refused(TypeError, lambda: MaskedBatchNorm1D(fn), "BatchNorm1d", type(fn).__name__)
+    assert_refused(TypeError, lambda: MaskedBatchNorm1D(fn), "BatchNorm1d", type(fn).__name__)
 
 
 @pytest.mark.parametrize(
@@ -235,15 +226,15 @@ def test_inputs(device: torch.device, build: Any) -> None:
     x = torch.zeros(2, 5, 12, device=device)
     for shape in ((2, 5, 11), (2, 5, 13), (12, 5), (1,), (0,), ()):
         given = torch.zeros(shape, device=device)
-        refused(ValueError, lambda g=given: module(g), "(..., 12)", shape)
+        assert_refused(ValueError, lambda g=given: module(g), "(..., 12)", shape)
     for dtype in (torch.int64, torch.bool, torch.complex64):
-        refused(TypeError, lambda d=dtype: module(x.to(d)), "floating point", dtype)
+        assert_refused(TypeError, lambda d=dtype: module(x.to(d)), "floating point", dtype)
     for shape in ((2, 4), (5,), (2, 1), (1, 5), (2, 5, 1), (2, 5, 12), ()):
         mask = torch.ones(shape, device=device, dtype=torch.bool)
-        refused(ValueError, lambda m=mask: module(x, m), "input_mask", (2, 5), shape)
+        assert_refused(ValueError, lambda m=mask: module(x, m), "input_mask", (2, 5), shape)
     for dtype in (torch.int64, torch.float32, torch.uint8):
         mask = torch.ones(2, 5, device=device, dtype=dtype)
-        refused(TypeError, lambda m=mask: module(x, m), "input_mask", dtype)
+        assert_refused(TypeError, lambda m=mask: module(x, m), "input_mask", dtype)
     torch.testing.assert_close(module.state_dict(), before, atol=0, rtol=0)
 
 
@@ -254,10 +245,10 @@ def test_trainable_slots(device: torch.device, options: dict[str, Any]) -> None:
     x = torch.zeros(2, 5, 12, device=device)
     for shape in ((48,), (50,), (7, 7), (1, 49), (49, 1), ()):
         mask = torch.ones(shape, device=device, dtype=torch.bool)
-        refused(ValueError, lambda m=mask: pkm(x, None, m), "mem_trainable_mask", 49, shape)
+        assert_refused(ValueError, lambda m=mask: pkm(x, None, m), "mem_trainable_mask", 49, shape)
     for dtype in (torch.int64, torch.float32, torch.uint8):
         mask = torch.ones(49, device=device, dtype=dtype)
-        refused(TypeError, lambda m=mask: pkm(x, None, m), "mem_trainable_mask", dtype)
+        assert_refused(TypeError, lambda m=mask: pkm(x, None, m), "mem_trainable_mask", dtype)
     torch.testing.assert_close(pkm.state_dict(), before, atol=0, rtol=0)
 
 
@@ -266,7 +257,7 @@ def test_pool_inputs(device: torch.device) -> None:
     indices = torch.zeros(4, 2, dtype=torch.int64, device=device)
     weights = torch.zeros(4, 2, device=device)
     for dtype in (torch.int32, torch.float32, torch.bool):
-        refused(TypeError, lambda d=dtype: pool(indices.to(d), weights), "int64", dtype)
+        assert_refused(TypeError, lambda d=dtype: pool(indices.to(d), weights), "int64", dtype)
     for i, w in (
         (indices, weights[:3]),
         (indices, weights[:, :1]),
@@ -275,14 +266,14 @@ def test_pool_inputs(device: torch.device) -> None:
         (indices[None], weights[None]),
         (indices, weights[None]),
     ):
-        refused(ValueError, lambda i=i, w=w: pool(i, w), tuple(i.shape), tuple(w.shape))
+        assert_refused(ValueError, lambda i=i, w=w: pool(i, w), tuple(i.shape), tuple(w.shape))
     for shape in ((19,), (20, 1), ()):
         mask = torch.ones(shape, device=device, dtype=torch.bool)
-        refused(ValueError, lambda m=mask: pool(indices, weights, m), 20, shape)
+        assert_refused(ValueError, lambda m=mask: pool(indices, weights, m), 20, shape)
     mask = torch.ones(20, device=device)
-    refused(TypeError, lambda: pool(indices, weights, mask), "boolean", torch.float32)
-    refused(ValueError, lambda: pool.activations(indices, weights), "experts=True")
-    refused(ValueError, lambda: pool(indices, weights, x=torch.zeros(4, 3)), "experts=True")
+    assert_refused(TypeError, lambda: pool(indices, weights, mask), "boolean", torch.float32)
+    assert_refused(ValueError, lambda: pool.activations(indices, weights), "experts=True")
+    assert_refused(ValueError, lambda: pool(indices, weights, x=torch.zeros(4, 3)), "experts=True")
 
 
 def test_norm_inputs(device: torch.device) -> None:
@@ -291,13 +282,13 @@ def test_norm_inputs(device: torch.device) -> None:
     x = torch.zeros(2, 5, 3, device=device)
     for shape in ((2, 3, 5), (2, 4), (4,), ()):
         given = torch.zeros(shape, device=device)
-        refused(ValueError, lambda g=given: norm(g), "(..., 3)", shape)
+        assert_refused(ValueError, lambda g=given: norm(g), "(..., 3)", shape)
     for shape in ((2, 4), (5,), (2, 1), (2, 5, 3), (10,)):
         mask = torch.ones(shape, device=device, dtype=torch.bool)
-        refused(ValueError, lambda m=mask: norm(x, m), (2, 5), shape)
+        assert_refused(ValueError, lambda m=mask: norm(x, m), (2, 5), shape)
     for dtype in (torch.int64, torch.float32):
         mask = torch.ones(2, 5, device=device, dtype=dtype)
-        refused(TypeError, lambda m=mask: norm(x, m), "boolean", dtype)
+        assert_refused(TypeError, lambda m=mask: norm(x, m), "boolean", dtype)
     torch.testing.assert_close(norm.state_dict(), before, atol=0, rtol=0)
 
 
@@ -306,4 +297,4 @@ def test_legacy_normalises_over_time(device: torch.device) -> None:
     assert pkm(torch.ones(2, 6, 12, device=device)).shape == (2, 6, 12)
     for shape in ((2, 5, 12), (6, 12), (2, 1, 6, 12)):
         x = torch.ones(shape, device=device)
-        refused(ValueError, lambda x=x: pkm(x), "legacy", "(b, 6, d)", shape[:-1])
+        assert_refused(ValueError, lambda x=x: pkm(x), "legacy", "(b, 6, d)", shape[:-1])

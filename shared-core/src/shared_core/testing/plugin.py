@@ -1,8 +1,8 @@
 """Pytest plugin of the suites: `-p shared_core.testing.plugin`.
 
-Options `--device` and `--slow`, the fixture `device`, the marker `slow`. Every test starts from the
-same seed, with uninitialised memory full of NaN, on at most two threads; hypothesis draws the same
-examples in every run.
+Options `--device` and `--slow`, the fixtures `device` and `randn`, the marker `slow`. Every test
+starts from the same seed, with uninitialised memory full of NaN, on at most two threads; hypothesis
+draws the same examples in every run.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import logging
 import os
 import random
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from .numbers import Randn, normal
 from .poison import NONDETERMINISTIC, poison_uninitialised_memory
 
 TORCH_ON_ITSELF = r".*`torch\.jit\.\w+` is deprecated"
@@ -66,6 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device of `--device`."""
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def randn(device: torch.device) -> Randn:
+    """Normal numbers on that device that depend on the seed alone."""
+    return partial(normal, device=device)
 
 
 @pytest.hookimpl(tryfirst=True)
