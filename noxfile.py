@@ -96,10 +96,10 @@ def typing(session: nox.Session) -> None:
     install(session, *everything(session), *group("typing"))
     sources = [str(found.source) for found in DISTRIBUTIONS.values()]
     session.run("mypy", *sources, "noxfile.py", *map(str, TOOLS.glob("*.py")), log=False)
-    for examples in ROOT.glob("packages/*/examples"):
-        path = os.pathsep.join(map(str, (TOOLS, examples)))
-        for folder in (examples, examples.parent / "benchmarks"):
+    for kind in ("examples", "benchmarks"):
+        for folder in ROOT.glob(f"packages/*/{kind}"):
             # Apart, since every package has a demo.py and a bench_cases.py.
+            path = os.pathsep.join(map(str, (TOOLS, folder.with_name("examples"))))
             session.run("mypy", str(folder), env={"MYPYPATH": path}, log=False)
     for found in DISTRIBUTIONS.values():
         verify = ("pyright", "--ignoreexternal", "--verifytypes", found.import_name)

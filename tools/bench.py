@@ -40,8 +40,6 @@ from reference import ROOT, Package
 from workers import Worker, WorkerError
 
 TOOLS = Path(__file__).resolve().parent
-# The code that a cached sample depends on, beside the package itself.
-MEASURING = ("bench.py", "bench_worker.py", "bench_case.py", "peak_memory.py", "workers.py")
 
 
 @dataclass(frozen=True)
@@ -242,8 +240,9 @@ class Cache:
 def fingerprint(package: Package, about: dict[str, Any], device: str, quick: bool) -> str:
     """Changes with everything that samples depend on."""
     digest = hashlib.sha256(json.dumps([about, device, quick], sort_keys=True).encode())
-    for path in (*sorted(package.cases.parent.glob("*.py")), *(TOOLS / name for name in MEASURING)):
-        digest.update(path.read_bytes())
+    for folder in (package.cases.parent, package.folder / "examples", TOOLS):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -26,8 +26,9 @@ from workers import load_module, serve
 
 def load_cases(path: Path, device: str) -> list[Case]:
     """The cases of a bench_cases.py for a device."""
-    # For what lies beside it, and for what the package's demonstration is made of.
-    sys.path[:0] = [str(path.parent), str(path.parent.parent / "examples")]
+    # For what lies beside it, and behind all else for what the demonstration is made of.
+    sys.path.insert(0, str(path.parent))
+    sys.path.append(str(path.parent.parent / "examples"))
     try:
         cases: list[Case] = load_module(path).cases(device)
     except Exception as error:
@@ -120,8 +121,8 @@ class Measurer:
         if subject.warm:
             subject.prepare(device=self._device, **{**subject.arguments, **subject.warm})()
         run = subject.prepare(device=self._device, **subject.arguments)
-        gc.collect()
         if self._device == "cuda":
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -129,8 +130,6 @@ class Measurer:
             torch.cuda.synchronize()
             del result
             return torch.cuda.max_memory_allocated() - before
-        if not peak_memory.BEGINS_ANEW:
-            raise RuntimeError("peak memory is measured on Linux only")
         return peak_memory.peak(run)
 
     def ceilings(self) -> dict[str, float]:

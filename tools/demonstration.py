@@ -36,7 +36,7 @@ def new_parser(page: str | None) -> Parser:
     )
     parser.add_argument(
         "--out",
-        type=path,
+        type=some_path,
         default=Path("demo-output"),
         metavar="FOLDER",
         help="for the results (demo-output)",
@@ -44,8 +44,8 @@ def new_parser(page: str | None) -> Parser:
     return parser
 
 
-def path(text: str) -> Path:
-    """Reads a path, which has a name."""
+def some_path(text: str) -> Path:
+    """Reads a path, which may not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
     return Path(text)

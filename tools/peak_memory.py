@@ -6,6 +6,7 @@ Only the standard library is used here, since an environment may hold nothing bu
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,29 +14,36 @@ from typing import Any
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-# Whether the mark can begin anew; elsewhere it is what the process has reached so far.
-BEGINS_ANEW = _CLEAR_REFS.exists()
 
 
-def peak(run: Callable[[], Any]) -> int:
+def peak(run: Callable[[], Any], *, exact: bool = True) -> int:
     """Bytes that a run takes at its peak beyond what is there before.
 
-    Memory that is free but kept by the C library is given back before. Where the mark cannot begin
-    anew, it is the bytes by which the run raises it, which are fewer.
+    Memory that is free but kept by the C library is given back before.
+
+    Args:
+        run: what to measure.
+        exact: where the high-water mark of the resident set cannot be set back, that is anywhere
+            but on Linux, raise RuntimeError; else return by how much the run raises it, which is
+            less if there was more before.
     """
-    if BEGINS_ANEW:
+    resets = _CLEAR_REFS.exists()
+    if exact and not resets:
+        raise RuntimeError("peak memory is measured on Linux only")
+    gc.collect()
+    if resets:
         ctypes.CDLL(None).malloc_trim(0)
-        # 5 sets the high-water mark to what is in use now; see proc_pid_clear_refs(5).
+        # 5 sets the mark to what is in use now; see proc_pid_clear_refs(5).
         _CLEAR_REFS.write_text("5")
-    before = _high_water()
+    before = _high_water(resets)
     result = run()
-    bytes_taken = _high_water() - before
+    taken = _high_water(resets) - before
     del result
-    return bytes_taken
+    return taken
 
 
-def _high_water() -> int:
-    if BEGINS_ANEW:
+def _high_water(resets: bool) -> int:
+    if resets:
         lines = _STATUS.read_text(encoding="utf-8").splitlines()
         (line,) = (line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 2**10

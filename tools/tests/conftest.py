@@ -6,12 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from shared_core.testing import load_beside
 
@@ -125,15 +124,6 @@ def shared_repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return Repository(tmp_path_factory.mktemp("shared") / "repository")
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: threads would wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def demo(request: pytest.FixtureRequest) -> ModuleType:
     """The demonstration that the test's module has loaded."""
@@ -154,18 +144,5 @@ def run(
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(run: Callable[..., tuple[int, str, str]]) -> Callable[..., None]:
-    """Runs the demonstration, which ends at once, with this status and these words in one line."""
-
-    def call(expected: int, words: str, *options: object) -> None:
-        status, output, errors = run(*options)
-        assert (status, output) == (expected, "")
-        assert errors.count("\n") == 1
-        assert words in errors
 
     return call

@@ -12,13 +12,27 @@ from distributions import ROOT
 def load(package: str, *names: str) -> list[ModuleType]:
     """Modules of a package's demonstration.
 
-    None can be imported afterwards: another package's demonstration has modules of the same names.
+    Only these know them by their names: what others import stays as it is, since demonstrations of
+    two packages have modules of the same names.
     """
     examples = ROOT / "packages" / package / "examples"
+    own = {path.stem for path in examples.glob("*.py")}
+    others = {name: sys.modules.pop(name) for name in own & sys.modules.keys()}
     sys.path.insert(0, str(examples))
     try:
         return [importlib.import_module(name) for name in names]
     finally:
         sys.path.remove(str(examples))
-        for path in examples.glob("*.py"):
-            sys.modules.pop(path.stem, None)
+        for name in own & sys.modules.keys():
+            del sys.modules[name]
+        sys.modules.update(others)
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str, status: int = 1) -> None:
+    """That a run ended at once, with these words in one line."""
+    found, output, errors = result
+    assert (found, output) == (status, "")
+    assert errors.startswith("demo: ")
+    assert errors.count("\n") == 1
+    for word in words:
+        assert word in errors

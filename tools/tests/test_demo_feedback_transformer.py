@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from demos import load
+from demos import assert_one_line, load
 
 from distributions import ROOT
 from workers import load_module
@@ -20,9 +20,6 @@ words, demo = load(PACKAGE, "words", "demo")
 bench = load_module(ROOT / "packages" / PACKAGE / "benchmarks" / "bench_words.py")
 
 SMALL = ("--length", 4, "--steps", 3)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run_shows_what_is_learned(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -68,9 +65,9 @@ def test_the_seed_says_all_but_the_time(run: Callable[..., Any], tmp_path: Path)
     ],
 )
 def test_bad_options_take_one_line(
-    refused: Callable[..., None], options: tuple[str, ...], fragment: str
+    run: Callable[..., Any], options: tuple[str, ...], fragment: str
 ) -> None:
-    refused(2, fragment, *options)
+    assert_one_line(run(*options), fragment, status=2)
 
 
 def test_products_are_those_of_a_group() -> None:

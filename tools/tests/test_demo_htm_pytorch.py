@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from demos import load
+from demos import assert_one_line, load
 
 from distributions import ROOT
 from workers import load_module
@@ -19,9 +19,6 @@ needle, causal_transformer, demo = load(PACKAGE, "needle", "causal_transformer",
 bench = load_module(ROOT / "packages" / PACKAGE / "benchmarks" / "bench_needle.py")
 
 SMALL = ("--events", 4, "--steps", 3, "--memories", 2)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run_shows_what_is_found_and_costs(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -67,9 +64,9 @@ def test_the_seed_says_all(run: Callable[..., Any], tmp_path: Path) -> None:
     ],
 )
 def test_bad_options_take_one_line(
-    refused: Callable[..., None], options: tuple[str, ...], words: str
+    run: Callable[..., Any], options: tuple[str, ...], words: str
 ) -> None:
-    refused(2, words, *options)
+    assert_one_line(run(*options), words, status=2)
 
 
 def test_events_have_one_answer_and_their_key_in_every_token() -> None:

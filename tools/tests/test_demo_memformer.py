@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from demos import load
+from demos import assert_one_line, load
 
 recall, peak, demo = load("memformer", "recall", "peak", "demo")
 
 SMALL = ("--steps", 3, "--batch", 2, "--asked", 3, "--no-peak")
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run_shows_a_table_and_a_plot(
@@ -76,14 +73,14 @@ def test_minutes_end_it_sooner(run: Callable[..., Any], tmp_path: Path) -> None:
     ],
 )
 def test_bad_options_take_one_line(
-    refused: Callable[..., None], options: tuple[str, ...], words: str
+    run: Callable[..., Any], options: tuple[str, ...], words: str
 ) -> None:
-    refused(2, words, *options)
+    assert_one_line(run(*options), words, status=2)
 
 
-def test_an_unwritable_plot_takes_one_line(refused: Callable[..., None], tmp_path: Path) -> None:
+def test_an_unwritable_plot_takes_one_line(run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refused(1, str(tmp_path), *SMALL, "--plot", tmp_path / "file" / "x.png")
+    assert_one_line(run(*SMALL, "--plot", tmp_path / "file" / "x.png"), str(tmp_path))
 
 
 def test_where_memory_cannot_be_told_the_rest_is_shown(

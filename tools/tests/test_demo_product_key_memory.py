@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from demos import load
+from demos import assert_one_line, load
 from torch.utils.flop_counter import FlopCounterMode
 
 from demonstration import DemoError
@@ -18,9 +18,6 @@ from demonstration import DemoError
 facts, miniatures, demo = load("product-key-memory", "facts", "miniatures", "demo")
 
 SMALL = ("--facts", 200, "--steps", 30, "--edits", 40, "--tokens", 300)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_small_run_shows_three_tables(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -63,9 +60,9 @@ def test_the_seed_says_all(run: Callable[..., Any], tmp_path: Path) -> None:
     ],
 )
 def test_bad_options_take_one_line(
-    refused: Callable[..., None], options: tuple[str, ...], words: str
+    run: Callable[..., Any], options: tuple[str, ...], words: str
 ) -> None:
-    refused(2, words, *options)
+    assert_one_line(run(*options), words, status=2)
 
 
 def test_a_model_that_stored_nothing_is_refused() -> None:

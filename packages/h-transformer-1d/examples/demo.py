@@ -40,7 +40,7 @@ from progress import LOSSES, PLOT, LiveProgress, LossRecord, read_losses, say
 from settings import SIZES, Settings
 from training import Training
 
-from demonstration import DemoError, check_writable, new_parser, number, path
+from demonstration import DemoError, check_writable, new_parser, number, some_path
 
 YEAR = 525_600  # minutes
 
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--minutes", type=number(most=YEAR, kind=float), help="time to train, without set-up (2)")
     add("--steps", type=number(most=10**9), help="steps to train, instead of a time")
-    add("--corpus", type=path, metavar="PATH", help="folder or file to learn instead")
+    add("--corpus", type=some_path, metavar="PATH", help="folder or file to learn instead")
     add(
         "--resume",
         nargs="?",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from corpus import FILE_START, as_tensor
 from torch import Tensor
 
+from demonstration import new_figure, save_figure
 from h_transformer_1d import HTransformer1D
 
 EVALUATION_ROWS = 16
@@ -80,12 +81,7 @@ def plot(
     losses: list[tuple[int, float, float]], held_out: float, others: dict[str, float], path: Path
 ) -> None:
     """Draws the loss over the training time, beside what the compressors reach."""
-    # Only now: it takes a second, and the plot is the last thing to be made.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     minutes = [seconds / 60 for _, seconds, _ in losses]
     axes.plot(minutes, [bits for _, _, bits in losses], color="tab:blue", alpha=0.3, lw=0.8)
@@ -100,10 +96,7 @@ def plot(
     lowest = min([held_out, *others.values(), *(bits for _, _, bits in losses)])
     axes.set_ylim(max(0.0, lowest - 0.2), 4.0)
     axes.legend()
-    # Beside the file, then in its place, so that it is whole or absent.
-    new = path.with_suffix(".new.png")
-    figure.savefig(new, dpi=150)
-    new.replace(path)
+    save_figure(figure, path)
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -36,7 +36,7 @@ from bench_case import Case, Subject, Target
 
 LAST = 16
 LONG = 64
-# Has the C library give freed memory back to the system at once.
+# Has the C library give freed blocks, from 128 KiB on, back to the system at once.
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 
 

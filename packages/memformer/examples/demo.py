@@ -30,9 +30,9 @@ from demonstration import (
     finish,
     new_parser,
     number,
-    path,
     percent,
     progress,
+    some_path,
     status_of,
     table,
 )
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=number(1), default=32, help="sequences of a step (32)")
     add("--asked", type=number(1), default=512, help="sequences of the examination (512)")
     add("--minutes", type=number(kind=float), default=None, help="to train for at most")
-    add("--plot", type=path, default=None, metavar="FILE", help="for the plot (in --out)")
+    add("--plot", type=some_path, default=None, metavar="FILE", help="for the plot (in --out)")
     add("--no-peak", action="store_true", help="leave out what training takes in memory")
     return parser.parse_args(arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import sysconfig
 import textwrap
 import venv
@@ -13,7 +14,7 @@ import pytest
 from shared_core.testing import load_beside
 
 # What the tests import. They are imported by path, so it would not be found beside them.
-load_beside(__file__, "tables")
+load_beside(__file__, "results_tables")
 
 TORCH = """
     __version__ = "9.9"
@@ -85,4 +86,6 @@ class Compared:
 def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compared:
     made = Compared(tmp_path / "repository")
     monkeypatch.setenv("PYTHONPATH", str(made.source))
+    # Cases are loaded in this process, too, and add the folders where they lie.
+    monkeypatch.setattr(sys, "path", [*sys.path])
     return made

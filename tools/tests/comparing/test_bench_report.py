@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tables import row
+from results_tables import row
 
 from bench_case import Case, Subject, Target
 from bench_report import figures, report
