@@ -12,7 +12,7 @@ import pytest
 
 import shared_core
 import shared_core.testing
-from shared_core.testing import python_blocks
+from shared_core.testing import run_blocks
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -69,9 +69,7 @@ def test_importing_it_imports_no_test_tools() -> None:
 
 
 def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
-    namespace: dict[str, object] = {}
-    for block in python_blocks(README):
-        exec(compile(block, README, "exec"), namespace)
+    run_blocks(README)
     assert capsys.readouterr().out.strip()
 
 

@@ -17,9 +17,9 @@ def fails(error: BaseException) -> Callable[[], None]:
 
 
 def test_the_error_with_all_that_it_names() -> None:
-    call = fails(ValueError("heads must be at least 1, got -12 (1.5)"))
+    call = fails(ValueError("heads must be at least 1, got -12 (1.5) of 3. Or 2-4"))
     assert_refused(ValueError, call)
-    assert_refused(ValueError, call, "heads", 1, -12, "(1.5)")
+    assert_refused(ValueError, call, "heads", "ds must", 1, -12, "(1.5)", 1.5, "of 3", 3, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,9 @@ def test_the_error_with_all_that_it_names() -> None:
         (fails(ValueError("got 2")), "'12' is not in the message: got 2"),
         (fails(ValueError("got 123")), "'12' is not in the message: got 123"),
         (fails(ValueError("got 312")), "'12' is not in the message: got 312"),
+        (fails(ValueError("got -12")), "'12' is not in the message: got -12"),
+        (fails(ValueError("got 1.12")), "'12' is not in the message: got 1.12"),
+        (fails(ValueError("got 12.5")), "'12' is not in the message: got 12.5"),
     ],
 )
 def test_all_else_is_not_that_error(call: Callable[[], object], said: str) -> None:

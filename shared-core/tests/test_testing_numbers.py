@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from shared_core.testing import Randn, displace, normal, wave
@@ -29,6 +31,8 @@ def test_a_wave_needs_no_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert (x.shape, x.dtype) == ((3, 4), torch.float64)
     assert len(x.unique()) == 12
+    expected = [0.4 * math.sin(1.0), 0.4 * math.sin(1.41 + 1.0), 0.4 * math.sin(11 * 1.41 + 1.0)]
+    torch.testing.assert_close(x.flatten()[[0, 1, 11]].tolist(), expected)
     assert not torch.equal(x, wave((3, 4), 2))
 
 

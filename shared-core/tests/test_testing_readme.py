@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared_core.testing import python_blocks
+from shared_core.testing import python_blocks, run_blocks
 
 PAGE = """# Title
 
@@ -48,6 +48,16 @@ def test_blocks_with_their_line_numbers(tmp_path: Path) -> None:
     last = traceback.extract_tb(error.value.__traceback__)[-1]
     assert (last.filename, last.lineno) == (str(page), 19)
     assert python_blocks(str(page)) == [first, second, third]
+
+
+def test_blocks_run_as_one_module(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("```python\nx = 1\n```\n```python\ny = [x, __name__]\n```\n")
+    found = run_blocks(page)
+    assert (found["x"], found["y"]) == (1, [1, "readme"])
+    assert run_blocks(page, at_least=2).keys() == found.keys()
+    with pytest.raises(ValueError, match=r"README\.md has 2 python blocks, not 3"):
+        run_blocks(page, at_least=3)
 
 
 def test_refuses_pages_without_blocks(tmp_path: Path) -> None:

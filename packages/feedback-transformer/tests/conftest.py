@@ -11,10 +11,6 @@ from torch import Tensor
 from feedback_transformer import FeedbackTransformer, oracle
 from shared_core.testing import displace, normal
 
-# The tensors of the tests are tiny. A second thread has nothing to do, and where other processes
-# keep the machine busy the threads wait for each other many times longer than they work.
-torch.set_num_threads(1)
-
 SETTINGS: dict[str, Any] = {
     "num_tokens": 11,
     "dim": 6,

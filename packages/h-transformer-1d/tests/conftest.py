@@ -10,10 +10,6 @@ from torch import Tensor
 
 from h_transformer_1d import HTransformer1D
 
-# The tensors of the tests are tiny. A second thread has nothing to do, and where other processes
-# keep the machine busy the threads wait for each other many times longer than they work.
-torch.set_num_threads(1)
-
 
 class MakeModel(Protocol):
     def __call__(self, **changes: Any) -> HTransformer1D: ...

@@ -24,6 +24,7 @@ from shared_core.testing import (
     assert_masked_ignored,
     assert_pieces_equal_whole,
     displace,
+    normal,
 )
 
 VARIANTS = {
@@ -363,8 +364,7 @@ def test_nan_in_masked_embeddings(
     device: torch.device, make_model: Any, changes: dict[str, Any]
 ) -> None:
     model = displace(make_model(num_tokens=None, **changes).double())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 45, 16, generator=generator, dtype=torch.float64).to(device)
+    x = normal(3, 45, 16, device=device, seed=0)
     assert_masked_ignored(model, x, awkward_mask(device), parameters=list(model.parameters()))
 
 
@@ -377,8 +377,7 @@ def test_nan_in_masked_attention_inputs(device: torch.device, causal: bool) -> N
     else:
         attention = HAttention1D(16, **settings)
     attention = displace(attention.to(device, torch.float64))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 45, 16, generator=generator, dtype=torch.float64).to(device)
+    x = normal(3, 45, 16, device=device, seed=0)
     mask = awkward_mask(device)
     assert_masked_ignored(attention, x, mask, parameters=list(attention.parameters()))
 
@@ -644,8 +643,7 @@ def test_step_in_bfloat16(make_model: Any, tokens: Any) -> None:
 
 def test_embeddings_step_too(device: torch.device, make_model: Any) -> None:
     model = make_model(num_tokens=None).double().eval()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 30, 16, generator=generator, dtype=torch.float64).to(device)
+    x = normal(2, 30, 16, device=device, seed=0)
     with torch.no_grad():
         torch.testing.assert_close(pieces(model, x, [1, 9, 12]), model(x), atol=1e-10, rtol=0)
 
@@ -783,8 +781,7 @@ def test_angles_take_the_place_of_positions(device: torch.device, causal: bool) 
 def test_position_is_relative(make_model: Any, device: torch.device) -> None:
     """In one block rotary embedding knows distances only: a masked start moves nothing."""
     model = displace(make_model(num_tokens=None, block_size=64).double())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 20, 16, generator=generator, dtype=torch.float64).to(device)
+    x = normal(1, 20, 16, device=device, seed=0)
     later = F.pad(x, (0, 0, 9, 0))
     mask = torch.arange(29, device=device)[None] >= 9
     torch.testing.assert_close(model(later, mask=mask)[:, 9:], model(x), atol=1e-10, rtol=0)

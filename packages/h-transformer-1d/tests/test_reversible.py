@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from h_transformer_1d import ReversibleSequence
+from shared_core.testing import normal
 
 
 class Function(nn.Module):
@@ -40,8 +41,7 @@ def formula(blocks: nn.ModuleList, x: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def make_input(device: torch.device, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 5, 6, generator=generator, dtype=torch.float64).to(device)
+    return normal(2, 5, 6, device=device, seed=seed)
 
 
 def make_sequence(blocks: nn.ModuleList) -> ReversibleSequence:

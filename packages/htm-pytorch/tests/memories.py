@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from htm_pytorch import MemoryStore
+from shared_core.testing import displace
 
 DIM, CHUNK, ENVIRONMENTS, CAPACITY = 6, 3, 3, 15
 Step = tuple[str, list[int], Tensor]
@@ -100,12 +101,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def make_module(cls: type[torch.nn.Module], device: torch.device, **changes: Any) -> Any:
     """For such a store, in float64, always with the same weights, none at its initial value."""
     torch.manual_seed(0)
-    settings = {"heads": 2, "topk_mems": 2, "mem_chunk_size": CHUNK, "dim_head": 4}
-    module = cls(DIM, **(settings | changes)).to(device, torch.float64)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64).to(device))
-    return module
+    settings = {"dim": DIM, "heads": 2, "topk_mems": 2, "mem_chunk_size": CHUNK, "dim_head": 4}
+    return displace(cls(**(settings | changes)).to(device, torch.float64))
 
 
 def steps(seed: int) -> Iterator[Step]:

@@ -76,7 +76,7 @@ ACTIONS: dict[str, Callable[[Any, Randn], None]] = {
 }
 
 
-def filled(randn: Randn, **settings: Any) -> tuple[MemoryStore, Any]:
+def worn_store(randn: Randn, **settings: Any) -> tuple[MemoryStore, Any]:
     """Full, full but for the last chunk, and full; places given back are in use again."""
     store, held = new_store(capacity=CAPACITY, **settings), Memories(CAPACITY)
     for on in (store, held):
@@ -128,7 +128,7 @@ def test_at_any_step(
     module = make_module(HTMAttention, device, topk_mems=3)
     while failed:
         settings = {"path": tmp_path / str(step)} if in_files else {"device": device}
-        store, before = filled(randn, **settings)
+        store, before = worn_store(randn, **settings)
         after = before.copy()
         act(after, randn)
         failed = False
@@ -206,7 +206,7 @@ def test_a_search_that_fails(device: torch.device, randn: Randn) -> None:
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_failed_move_changes_nothing(device: torch.device, randn: Randn, at: int) -> None:
     """Of the three parts of a store all are moved, or none."""
-    store, held = filled(randn, device=device)
+    store, held = worn_store(randn, device=device)
     before = [store._layout.pool.tokens, store._layout.table, store._layout.means]
     # The copies alone, which are one operation each.
     with pytest.raises((MemoryError, NotImplementedError)), Fails(at):

@@ -100,7 +100,7 @@ def test_equal_those_of_the_module(
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0.0)
 
 
-def filled(randn: Randn, **changes: Any) -> MemoryStore:
+def full_store(randn: Randn, **changes: Any) -> MemoryStore:
     store: MemoryStore = new_store(capacity=CAPACITY, **changes)
     store.append(randn(3, CAPACITY, DIM))
     return store
@@ -121,7 +121,7 @@ def places(store: MemoryStore) -> int:
 def fresh(device: torch.device, randn: Randn, **changes: Any) -> tuple[MemoryStore, Any, Tensor]:
     """A full store, an attention, and queries with gradients."""
     module = make_module(HTMAttention, device)
-    return filled(randn, device=device, **changes), module, randn(3, 2, DIM).requires_grad_()
+    return full_store(randn, device=device, **changes), module, randn(3, 2, DIM).requires_grad_()
 
 
 def test_two_backward_passes(device: torch.device, randn: Randn) -> None:
@@ -251,7 +251,7 @@ def test_in_a_compiled_function(device: torch.device, impl: str, randn: Randn) -
     results = []
     for compiled in (False, True):
         module = make_module(HTMAttention, device, impl=impl)
-        store, queries = filled(randn, device=device), randn(3, 2, DIM).requires_grad_()
+        store, queries = full_store(randn, device=device), randn(3, 2, DIM).requires_grad_()
 
         def loss(x: Tensor, store: MemoryStore = store, module: Any = module) -> Tensor:
             out = store.attend(module, x.square())

@@ -11,9 +11,6 @@ from torch import Tensor
 from memformer import Memformer
 from shared_core.testing import displace
 
-# The tensors of the tests are tiny: a second thread has nothing to do.
-torch.set_num_threads(1)
-
 TOKENS = 11
 LENGTH = 9
 SETTINGS: dict[str, Any] = {

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared_core.testing import python_blocks
+from shared_core.testing import run_blocks
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = python_blocks(README)
 
 
 def test_the_examples_run_one_after_the_other() -> None:
-    assert len(BLOCKS) >= 7
-    namespace = {"__name__": "readme"}
-    for block in BLOCKS:
-        exec(compile(block, str(README), "exec"), namespace)
+    namespace = run_blocks(README, at_least=7)
     assert namespace["logits"].shape == (4, 3, 256)
     assert namespace["mem"].shape == (4, 16, 64)

@@ -10,10 +10,6 @@ import torch
 from product_key_memory import PKM
 from shared_core.testing import displace
 
-# The tensors of the tests are tiny. A second thread has nothing to do, and where other processes
-# keep the machine busy the threads wait for each other many times longer than they work.
-torch.set_num_threads(1)
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "batch": {"use_layernorm": False},

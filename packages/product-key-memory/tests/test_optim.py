@@ -33,7 +33,7 @@ from product_key_memory import (
 from product_key_memory.factors import Factors, collect_factors, factors_of
 from product_key_memory.gradients import gradient_of
 from product_key_memory.operators import write
-from shared_core.testing import run_ranks
+from shared_core.testing import normal, run_ranks
 
 RULES = ["adagrad", "adam", "sgd"]
 SLOTS, WIDTH = 25, 6
@@ -74,14 +74,11 @@ def make_stacks(device: torch.device) -> tuple[Stack, Stack]:
 
 
 def batch(device: torch.device, seed: int, n: int = 4) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, WIDTH, generator=generator, dtype=torch.float64).to(device)
+    return normal(n, WIDTH, device=device, seed=seed)
 
 
 def make_table(device: torch.device, dtype: torch.dtype = torch.float64) -> nn.Parameter:
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(SLOTS, WIDTH, generator=generator, dtype=torch.float64)
-    return nn.Parameter(table.to(device, dtype))
+    return nn.Parameter(normal(SLOTS, WIDTH, device=device, seed=0, dtype=dtype))
 
 
 def make_factors(

@@ -9,10 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shared_core.testing import python_blocks
+from shared_core.testing import run_blocks
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = python_blocks(README)
 
 
 @pytest.fixture
@@ -23,14 +22,8 @@ def _as_torchrun_starts_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator
     dist.destroy_process_group()
 
 
-def test_the_readme_has_examples() -> None:
-    assert len(BLOCKS) >= 8
-
-
 @pytest.mark.usefixtures("_as_torchrun_starts_one_process")
 def test_the_examples_run_one_after_the_other() -> None:
-    namespace = {"__name__": "readme"}
-    for block in BLOCKS:
-        exec(compile(block, str(README), "exec"), namespace)
+    namespace = run_blocks(README, at_least=8)
     assert namespace["y"].shape == namespace["x"].shape
     assert torch.equal(namespace["more"].isfinite().all(), torch.tensor(True))

@@ -16,7 +16,7 @@ from .numbers import Randn, displace, normal, wave
 from .parallel import assert_data_parallel
 from .portability import assert_hub_round_trip, assert_portable
 from .processes import run_ranks
-from .readme import python_blocks
+from .readme import python_blocks, run_blocks
 
 __all__ = [
     "Randn",
@@ -35,6 +35,7 @@ __all__ = [
     "load_beside",
     "normal",
     "python_blocks",
+    "run_blocks",
     "run_ranks",
     "wave",
 ]

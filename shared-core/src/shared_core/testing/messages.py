@@ -9,8 +9,8 @@ from collections.abc import Callable
 def assert_refused(error: type[Exception], call: Callable[[], object], *fragments: object) -> None:
     """Asserts that a call raises this very error, and that its message has all the fragments.
 
-    A subclass would be somebody else's error that happened to come by. A number is not found inside
-    of another one.
+    A subclass would be somebody else's error that happened to come by. What begins or ends with a
+    digit is not found inside of a longer number.
     """
     try:
         call()
@@ -23,5 +23,8 @@ def assert_refused(error: type[Exception], call: Callable[[], object], *fragment
     else:
         raise AssertionError(f"no {error.__name__} was raised")
     for fragment in fragments:
-        if not re.search(rf"(?<!\d){re.escape(str(fragment))}(?!\d)", message):
+        words = re.escape(str(fragment))
+        before = r"(?<![\d.])(?<![^\w)\]]-)" if words[0].isdigit() else ""
+        after = r"(?!\.?\d)" if words[-1].isdigit() else ""
+        if not re.search(before + words + after, message):
             raise AssertionError(f"{str(fragment)!r} is not in the message: {message}")

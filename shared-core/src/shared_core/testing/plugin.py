@@ -1,8 +1,8 @@
 """Pytest plugin of the suites: `-p shared_core.testing.plugin`.
 
 Options `--device` and `--slow`, the fixtures `device` and `randn`, the marker `slow`. Every test
-starts from the same seed, with uninitialised memory full of NaN, on at most two threads; hypothesis
-draws the same examples in every run.
+starts from the same seed, with uninitialised memory full of NaN, on one thread; hypothesis draws
+the same examples in every run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.empty(0, device=torch.device(name))
     except (RuntimeError, AssertionError) as error:
         raise pytest.UsageError(f"--device {name} cannot be used: {error}") from error
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # The tensors of tests are tiny. A second thread has nothing to do, and where other processes
+    # keep the machine busy threads wait for each other many times longer than they work.
+    torch.set_num_threads(1)
     if not os.environ.get("TORCH_TRACE"):
         # pytest would add its handler to this logger otherwise, and by that start torch's trace:
         # slower compilation, and thousands of lines without content behind every failure.

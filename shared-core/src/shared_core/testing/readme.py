@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 
 def python_blocks(markdown_path: str | Path) -> list[str]:
@@ -33,3 +34,21 @@ def python_blocks(markdown_path: str | Path) -> list[str]:
     if not blocks:
         raise ValueError(f"{markdown_path} has no python block")
     return blocks
+
+
+def run_blocks(markdown_path: str | Path, at_least: int = 1) -> dict[str, Any]:
+    """Runs the Python blocks of a Markdown file in order, as one module.
+
+    Returns:
+        The names that they have defined.
+
+    Raises:
+        ValueError: as `python_blocks`, or there are fewer than `at_least`.
+    """
+    blocks = python_blocks(markdown_path)
+    if len(blocks) < at_least:
+        raise ValueError(f"{markdown_path} has {len(blocks)} python blocks, not {at_least}")
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, markdown_path, "exec"), namespace)
+    return namespace
