@@ -334,12 +334,12 @@ def test_refused_when_called(function: Callable[..., Any]) -> None:
         with pytest.raises(ValueError, match=message):
             function(spy, torch.zeros(shape, dtype=torch.long), 3)
     for wrong_length in (2.0, True, None):
-        with pytest.raises(TypeError, match=f"length must be an int, got {wrong_length}"):
+        with pytest.raises(TypeError, match=f"length must be an integer, got {wrong_length}"):
             function(spy, prompt, wrong_length)
     with pytest.raises(ValueError, match="length must be at least 0, got -1"):
         function(spy, prompt, -1)
     for name, value in (("eos_token", 2.0), ("eos_token", False), ("pad_value", None)):
-        with pytest.raises(TypeError, match=f"{name} must be an int, got {value}"):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got {value}"):
             function(spy, prompt, 3, **{name: value})
     for options, message in (
         ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
@@ -351,7 +351,7 @@ def test_refused_when_called(function: Callable[..., Any]) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             function(spy, prompt, 3, **options)
-    with pytest.raises(TypeError, match=r"top_k must be an int, got 1\.5"):
+    with pytest.raises(TypeError, match=r"top_k must be an integer, got 1\.5"):
         function(spy, prompt, 3, top_k=1.5)
     with pytest.raises(ValueError, match="generator is on cpu, but the tokens are on meta"):
         function(spy, prompt.to("meta"), 3, generator=torch.Generator())
@@ -365,7 +365,7 @@ def test_wrong_logits_are_refused(shape: tuple[int, ...]) -> None:
     message = re.escape(f"step must return logits (1, t, V), got {shape}")
     with pytest.raises(ValueError, match=message):
         generate(lambda _, state: (torch.zeros(shape), state), tokens([1]), 2)
-    with pytest.raises(TypeError, match="logits must be floating-point"):
+    with pytest.raises(TypeError, match="logits must be floating point"):
         generate(lambda tokens, state: (tokens[..., None], state), tokens([1]), 2)
 
 

@@ -148,13 +148,13 @@ def test_filters_do_not_write_into_their_input() -> None:
 
 def test_filters_refuse() -> None:
     x = torch.zeros(2, 3)
-    with pytest.raises(TypeError, match=r"logits must be floating-point, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):
         filter_logits(x.long())
     for shape in ((), (2, 0)):
         with pytest.raises(ValueError, match=r"with V >= 1, got shape \("):
             filter_logits(torch.zeros(shape))
     for k in (2.0, True, "3"):
-        with pytest.raises(TypeError, match=f"top_k must be an int, got {k!r}"):
+        with pytest.raises(TypeError, match=f"top_k must be an integer, got {k!r}"):
             filter_logits(x, top_k=k)  # type: ignore[arg-type]
     for k in (0, -1):
         with pytest.raises(ValueError, match=f"top_k must be at least 1, got {k}"):
@@ -181,7 +181,7 @@ def test_top_k_refuses() -> None:
     for thres in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=f"thres must be from 0 to 1, got {thres}"):
             top_k(torch.zeros(2, 3), thres)
-    with pytest.raises(TypeError, match="logits must be floating-point"):
+    with pytest.raises(TypeError, match="logits must be floating point"):
         top_k(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="with V >= 1"):
         top_k(torch.zeros(2, 0))
@@ -245,7 +245,7 @@ def test_sample_of_an_empty_batch() -> None:
 
 def test_sample_refuses() -> None:
     x = torch.zeros(2, 3)
-    with pytest.raises(TypeError, match="logits must be floating-point"):
+    with pytest.raises(TypeError, match="logits must be floating point"):
         sample(x.long())
     for shape in ((3,), (2, 1, 3)):
         with pytest.raises(ValueError, match=r"logits must be \(b, V\), got shape \("):

@@ -19,13 +19,13 @@ README = HERE.parent / "README.md"
 NAMES = [
     "FeedForward",
     "RelativePositionBias",
+    "checks",
     "differentiate_twice",
     "eval_mode",
     "filter_logits",
     "generate",
     "masked_mean",
     "next_token_pairs",
-    "pad_to",
     "register_key_map",
     "sample",
     "stream",
@@ -75,9 +75,9 @@ def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_readme_lists_every_name() -> None:
     page = README.read_text(encoding="utf-8")
-    for module in (shared_core, shared_core.testing):
+    for module in (shared_core, shared_core.checks, shared_core.testing):
         for name in module.__all__:
-            assert f"| `{name}" in page
+            assert re.search(rf"^\|[^|]*`{name}`", page, re.M)
     assert "shared_core_2" in page
 
 

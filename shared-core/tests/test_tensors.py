@@ -1,4 +1,4 @@
-"""`pad_to` and `masked_mean`: against plain loops, at their edges, traced, in other dtypes."""
+"""`masked_mean`: against plain loops, at its edges, traced, in other dtypes."""
 
 from __future__ import annotations
 
@@ -11,48 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shared_core import masked_mean, pad_to
+from shared_core import masked_mean
 from shared_core.testing import assert_compiles, assert_exports
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 7), st.data())
-def test_pad_to_appends_the_least(shape: list[int], multiple: int, data: st.DataObject) -> None:
-    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
-    x = torch.randn(shape)
-    out = pad_to(x, multiple, dim, 7.0)
-    n = x.shape[dim]
-    assert out.shape[dim] == math.ceil(n / multiple) * multiple
-    kept, added = out.split((n, out.shape[dim] - n), dim)
-    assert torch.equal(kept, x)
-    assert (added == 7.0).all()
-    assert (out is x) == (n % multiple == 0)
-
-
-def test_pad_to_defaults(device: torch.device) -> None:
-    x = torch.randn(2, 5, 3, device=device)
-    out = pad_to(x, 4)
-    assert out.shape == (2, 8, 3)
-    assert out.device == x.device
-    assert (out[:, 5:] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
-def test_pad_to_keeps_the_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    x = torch.ones(2, 5, dtype=dtype, device=device)
-    out = pad_to(x, 4, dim=1)
-    assert out.dtype == dtype
-    assert out.sum() == 10
-
-
-def test_pad_to_refuses() -> None:
-    with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
-        pad_to(torch.ones(2, 2), 0)
-    with pytest.raises(ValueError, match="dim -2 is outside a tensor of 1 dimensions"):
-        pad_to(torch.ones(2), 2)
-    with pytest.raises(ValueError, match="dim 2 is outside a tensor of 2 dimensions"):
-        pad_to(torch.ones(2, 2), 2, dim=2)
 
 
 @given(st.integers(0, 3), st.integers(0, 6), st.integers(1, 3), st.booleans())
@@ -123,7 +85,7 @@ def test_masked_mean_under_autocast(device: torch.device) -> None:
 def test_masked_mean_refuses() -> None:
     x = torch.randn(2, 3, 4)
     mask = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(TypeError, match=r"x must be floating-point, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
         masked_mean(x.long(), mask, 1)
     with pytest.raises(TypeError, match=r"mask must be boolean, got torch\.float32"):
         masked_mean(x, mask.float(), 1)
@@ -138,17 +100,19 @@ def test_masked_mean_refuses() -> None:
 def test_gradients_twice(device: torch.device) -> None:
     x = torch.randn(2, 5, 2, dtype=torch.float64, device=device, requires_grad=True)
     mask = (torch.rand(2, 5) < 0.6).to(device)
-    for function in (lambda x: pad_to(x, 4) ** 3, lambda x: masked_mean(x**3, mask, 1)):
-        assert torch.autograd.gradcheck(function, (x,))
-        assert torch.autograd.gradgradcheck(function, (x,))
+
+    def cubes(x: Tensor) -> Tensor:
+        return masked_mean(x**3, mask, 1)
+
+    assert torch.autograd.gradcheck(cubes, (x,))
+    assert torch.autograd.gradgradcheck(cubes, (x,))
 
 
-class Chunks(nn.Module):
-    """(b, n, d) -> means of chunks of 4 tokens."""
+class Mean(nn.Module):
+    """(b, n, d) -> (b, d)."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x, mask = pad_to(x, 4), pad_to(mask, 4, dim=1)
-        return masked_mean(x.unflatten(1, (-1, 4)), mask.unflatten(1, (-1, 4)), 2)
+        return masked_mean(x, mask, 1)
 
 
 @pytest.mark.parametrize("n", [7, 8])
@@ -156,16 +120,16 @@ def test_traced(device: torch.device, n: int) -> None:
     def inputs(n: int) -> tuple[Tensor, Tensor]:
         return torch.randn(2, n, 3, device=device), (torch.rand(2, n) < 0.5).to(device)
 
-    assert_compiles(Chunks(), inputs(n))
-    assert_compiles(Chunks(), inputs(n), dynamic=True)
+    assert_compiles(Mean(), inputs(n))
+    assert_compiles(Mean(), inputs(n), dynamic=True)
     length = torch.export.Dim("length", min=5, max=100)
     dynamic = ({1: length}, {1: length})
     for other in (12, 13, 14, 15):
-        assert_exports(Chunks(), inputs(n), dynamic, inputs(other))
+        assert_exports(Mean(), inputs(n), dynamic, inputs(other))
 
 
 def test_on_the_meta_device() -> None:
     x = torch.ones(2, 7, 3, device="meta")
-    out = Chunks()(x, torch.ones(2, 7, device="meta", dtype=torch.bool))
-    assert out.shape == (2, 2, 3)
+    out = Mean()(x, torch.ones(2, 7, device="meta", dtype=torch.bool))
+    assert out.shape == (2, 3)
     assert out.device.type == "meta"

@@ -169,7 +169,7 @@ def test_contexts(kit: Any, model: Any) -> None:
         assert_refused(ValueError, call, "dim_context=5 needs a context, got None")
         for shape in ((2, 3, 4), (1, 3, 5), (3, 5)):
             given = kit.normal(*shape)
-            words = f"context must be (2, m, 5), got shape {shape}"
+            words = f"context must be (2, n, 5), got shape {shape}"
             assert_refused(ValueError, lambda: call(context=given), words)  # noqa: B023
         assert_refused(TypeError, lambda: call(context=context.long()), "context must be floating")  # noqa: B023
         bad = {"context": context, "context_mask": mask[:, :2]}

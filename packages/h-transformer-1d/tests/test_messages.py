@@ -147,6 +147,10 @@ def model_arguments(**changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
+def refuses(error: type[Exception], name: str, value: object) -> None:
+    assert_refused(error, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value)
+
+
 @pytest.mark.parametrize("value", [0, -3])
 @pytest.mark.parametrize(
     "name",
@@ -163,25 +167,19 @@ def model_arguments(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_sizes_are_positive(name: str, value: int) -> None:
-    assert_refused(
-        ValueError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value
-    )
+    refuses(ValueError, name, value)
 
 
 @pytest.mark.parametrize("value", [8.0, "8", None])
 @pytest.mark.parametrize("name", ["dim", "depth", "max_seq_len", "heads", "dim_head", "block_size"])
 def test_sizes_are_whole_numbers(name: str, value: object) -> None:
-    assert_refused(
-        TypeError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value
-    )
+    refuses(TypeError, name, value)
 
 
 @pytest.mark.parametrize("name", ["attn_dropout", "ff_dropout"])
 @pytest.mark.parametrize("value", [-0.25, 1.25])
 def test_dropout_is_a_probability(name: str, value: float) -> None:
-    assert_refused(
-        ValueError, lambda: HTransformer1D(**model_arguments(**{name: value})), name, value
-    )
+    refuses(ValueError, name, value)
 
 
 @pytest.mark.parametrize(

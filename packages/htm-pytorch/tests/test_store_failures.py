@@ -244,7 +244,9 @@ def test_no_tensors(device: torch.device, value: Any) -> None:
         store.attend(module, value)
     queries = torch.zeros(3, 1, DIM, dtype=torch.float64, device=device)
     if value is not None:
-        with pytest.raises(TypeError, match=f"chunk_attn_mask must be a tensor, got {name}"):
+        with pytest.raises(
+            TypeError, match=f"chunk_attn_mask must be a boolean tensor, got {name}"
+        ):
             store.attend(module, queries, chunk_attn_mask=value)
-        with pytest.raises(TypeError, match=f"mask must be a tensor, got {name}"):
+        with pytest.raises(TypeError, match=f"mask must be a boolean tensor, got {name}"):
             module(queries, queries, value)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .sampling import check_draw, check_filters, check_int, filter_logits, sample
+from .checks import check_at_least, check_integers
+from .sampling import check_draw, check_filters, filter_logits, sample
 
 State = TypeVar("State")
 
@@ -36,7 +37,7 @@ def next_token_pairs(
         if mask is not None:
             raise ValueError("mask must be None for a list of sequences, which is masked by itself")
         x, mask = _pad_rows(x, pad_value)
-    _check_tokens(x, "x", at_least=2)
+    _check_integer_tokens("x", x, at_least=2)
     targets = x[:, 1:].long()
     if mask is None:
         return x[:, :-1], targets, None
@@ -78,12 +79,9 @@ def stream(
     negative length, `filter_fn` together with another filter, and what `filter_logits` and `sample`
     refuse. The call raises, not the first `next`; logits of a wrong shape are refused as they come.
     """
-    _check_tokens(prompt, "prompt", at_least=1)
-    eos = 0 if eos_token is None else eos_token
-    for name, number in (("length", length), ("eos_token", eos), ("pad_value", pad_value)):
-        check_int(name, number)
-    if length < 0:
-        raise ValueError(f"length must be at least 0, got {length}")
+    _check_integer_tokens("prompt", prompt, at_least=1)
+    check_at_least(0, length=length)
+    check_integers(eos_token=0 if eos_token is None else eos_token, pad_value=pad_value)
     check_draw(temperature, generator, prompt.device)
     check_filters(top_k, top_p, min_p)
     if filter_fn is None:
@@ -150,7 +148,7 @@ def generate(
     return out
 
 
-def _check_tokens(x: Tensor, name: str, *, at_least: int) -> None:
+def _check_integer_tokens(name: str, x: Tensor, *, at_least: int) -> None:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer tokens, got {x.dtype}")
     if x.ndim != 2 or x.shape[1] < at_least:

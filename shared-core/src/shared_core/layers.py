@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_at_least, check_probability
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -17,16 +19,15 @@ class FeedForward(nn.Module):
 
     GELU: `outer(gelu(inner(x)))`, `mult` times as wide inside. GEGLU (`gated`): `inner` is twice as
     wide again, `outer(first half * gelu(second half))`. Dropout acts before `outer`.
-    Raises ValueError for `dim` or `mult` below 1 and for `dropout` outside [0, 1].
+    Raises ValueError for `dim` or `mult` below 1 and for `dropout` outside [0, 1], TypeError for
+    what is no number.
     """
 
     def __init__(
         self, dim: int, mult: int = 4, *, dropout: float = 0.0, gated: bool = False
     ) -> None:
-        if dim < 1 or mult < 1:
-            raise ValueError(f"dim and mult must be at least 1, got dim={dim} and mult={mult}")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
+        check_at_least(1, dim=dim, mult=mult)
+        check_probability(dropout=dropout)
         super().__init__()
         self.gated: bool = gated
         self.inner: nn.Linear = nn.Linear(dim, dim * mult * (2 if gated else 1))

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .checks import check_at_least
+
 
 class RelativePositionBias(nn.Module):
     """A learned number for each head and bucket of distances (T5, arXiv 1910.10683, section 2.1).
@@ -16,7 +18,8 @@ class RelativePositionBias(nn.Module):
     keys behind the query and half for those after it; if not, keys after it count as its own place.
 
     Raises ValueError for fewer than 1 head, than 2 buckets (4 if `bidirectional`), an odd number of
-    them, and a `max_distance` that leaves nothing for the growing buckets.
+    them, and a `max_distance` that leaves nothing for the growing buckets; TypeError for heads that
+    are no integer.
     """
 
     def __init__(
@@ -27,8 +30,7 @@ class RelativePositionBias(nn.Module):
         num_buckets: int = 32,
         max_distance: int = 128,
     ) -> None:
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        check_at_least(1, heads=heads)
         sides = 2 if bidirectional else 1
         if num_buckets < 2 * sides or num_buckets % (2 * sides):
             raise ValueError(f"num_buckets must be a multiple of {2 * sides}, got {num_buckets}")

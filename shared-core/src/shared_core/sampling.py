@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import check_at_least, check_probability
+
 
 def filter_logits(
     logits: Tensor,
@@ -25,8 +27,8 @@ def filter_logits(
     `min_p` keeps those at least this many times as likely as the most likely one (Nguyen et al.,
     arXiv 2407.01082).
 
-    Raises TypeError for logits that are not floating-point and a `top_k` that is not an int,
-    ValueError for V = 0, a `top_k` below 1, a `top_p` or `min_p` outside [0, 1].
+    Raises TypeError for logits that are not floating point, a `top_k` that is no integer, a `top_p`
+    or `min_p` that is no number, ValueError for V = 0, a `top_k` below 1, a share outside [0, 1].
     """
     _check_logits(logits)
     check_filters(top_k, top_p, min_p)
@@ -54,11 +56,11 @@ def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
 
     The filter of the reference packages, `int((1 - thres) * V)` in their words. The product is not
     left to rounding here: 0.9 keeps 2 of 20, not 1.
-    Raises what `filter_logits` raises, and ValueError for `thres` outside [0, 1].
+    Raises what `filter_logits` raises; ValueError for `thres` outside [0, 1], TypeError where it is
+    no number.
     """
     _check_logits(logits)
-    if not 0.0 <= thres <= 1.0:
-        raise ValueError(f"thres must be from 0 to 1, got {thres}")
+    check_probability(thres=thres)
     return filter_logits(logits, top_k=max(1, int((1.0 - thres) * logits.shape[-1] + 1e-6)))
 
 
@@ -68,7 +70,7 @@ def sample(
     """Draws a token per row from softmax(logits / temperature): (b, V) -> (b,) int64.
 
     A temperature of 0 takes the most likely token. A token of -inf is never drawn.
-    Raises TypeError for logits that are not floating-point, ValueError for another shape, a
+    Raises TypeError for logits that are not floating point, ValueError for another shape, a
     `temperature` that is negative or not finite, a `generator` on another device.
     """
     _check_logits(logits)
@@ -89,12 +91,10 @@ def sample(
 def check_filters(top_k: int | None, top_p: float | None, min_p: float | None) -> None:
     """Raises what `filter_logits` raises for its options."""
     if top_k is not None:
-        check_int("top_k", top_k)
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        check_at_least(1, top_k=top_k)
     for name, share in (("top_p", top_p), ("min_p", min_p)):
-        if share is not None and not 0.0 <= share <= 1.0:
-            raise ValueError(f"{name} must be from 0 to 1, got {share}")
+        if share is not None:
+            check_probability(**{name: share})
 
 
 def check_draw(temperature: float, generator: torch.Generator | None, device: torch.device) -> None:
@@ -105,15 +105,9 @@ def check_draw(temperature: float, generator: torch.Generator | None, device: to
         raise ValueError(f"generator is on {generator.device}, but the tokens are on {device}")
 
 
-def check_int(name: str, number: int) -> None:
-    """Raises TypeError for what is not an int, bool included."""
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name} must be an int, got {number!r}")
-
-
 def _check_logits(logits: Tensor) -> None:
     if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating-point, got {logits.dtype}")
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got shape {tuple(logits.shape)}")
 

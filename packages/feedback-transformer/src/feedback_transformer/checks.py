@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from shared_core import transformed
-
-
-def check_at_least(least: int, **numbers: int) -> None:
-    """Raises unless all are integers of at least `least`."""
-    for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name} must be an integer, got {number!r}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-
-
-def check_share(**numbers: float) -> None:
-    """Raises unless all are numbers from 0 to 1."""
-    for name, number in numbers.items():
-        if not isinstance(number, (int, float)):
-            raise TypeError(f"{name} must be a number, got {number!r}")
-        if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{name} must be from 0 to 1, got {number}")
-
-
-def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
-    """Raises ValueError for an unknown option."""
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+from shared_core.checks import check_at_least, check_mask, check_vectors
 
 
 def check_every(name: str, tokens: int | None, seq_len: int) -> None:
@@ -68,10 +43,10 @@ def check_input(x: Tensor, dim: int, num_tokens: int, dtype: torch.dtype) -> Non
     if x.device.type != "cpu" or x.is_floating_point() or torch.compiler.is_compiling():
         return
     if not transformed(x):
-        check_tokens(x, num_tokens)
+        check_vocabulary(x, num_tokens)
 
 
-def check_tokens(x: Tensor, num_tokens: int) -> None:
+def check_vocabulary(x: Tensor, num_tokens: int) -> None:
     """Raises ValueError for a token outside the vocabulary."""
     if x.numel() == 0:
         return
@@ -80,14 +55,6 @@ def check_tokens(x: Tensor, num_tokens: int) -> None:
         raise ValueError(
             f"tokens must be from 0 to {num_tokens - 1}, got {int(least)} to {int(largest)}"
         )
-
-
-def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """Raises unless `mask` is boolean and has exactly this shape: nothing is broadcast."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be boolean, got {mask.dtype}")
-    if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {tuple(shape)}, got shape {tuple(mask.shape)}")
 
 
 def check_context(
@@ -100,14 +67,8 @@ def check_context(
         return
     if context is None:
         raise ValueError(f"a model with dim_context={dim_context} needs a context, got None")
-    if not context.is_floating_point():
-        raise TypeError(f"context must be floating point, got {context.dtype}")
-    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != dim_context:
-        raise ValueError(
-            f"context must be ({batch}, m, {dim_context}), got shape {tuple(context.shape)}"
-        )
-    if context_mask is not None:
-        check_mask("context_mask", context_mask, context.shape[:2])
+    check_vectors("context", context, dim_context, batch, least=0)
+    check_mask("context_mask", context_mask, context.shape[:2])
 
 
 def check_part(name: str, part: nn.Module | None, kind: type[nn.Module]) -> None:

@@ -32,13 +32,6 @@ KEY_MAP: list[tuple[str, str | None]] = [
 """From the reference's parameter names, with segments of one token or of several, to ours."""
 
 
-def check_legacy_options(**unset: bool) -> None:
-    """Raises ValueError for an option that the reference does not have; True = left alone."""
-    changed = [name for name, left_alone in unset.items() if not left_alone]
-    if changed:
-        raise ValueError(f"legacy=True has no {', '.join(changed)}: the reference knows none")
-
-
 def run_legacy(
     x: Tensor,
     weights: Weights,

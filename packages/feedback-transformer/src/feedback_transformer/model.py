@@ -12,20 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from feedback_transformer.checks import (
-    check_at_least,
-    check_choice,
-    check_context,
-    check_every,
-    check_input,
-    check_mask,
-    check_part,
-    check_share,
-)
+from feedback_transformer.checks import check_context, check_every, check_input, check_part
 from feedback_transformer.feedback import Context, bias_table, context_keys
 from feedback_transformer.generation import Stepper
 from feedback_transformer.layers import Layer
-from feedback_transformer.legacy import KEY_MAP, check_legacy_options, run_legacy
+from feedback_transformer.legacy import KEY_MAP, run_legacy
 from feedback_transformer.packing import Packs
 from feedback_transformer.sequence import Run
 from feedback_transformer.sharding import gather, shard, sharded
@@ -33,6 +24,13 @@ from feedback_transformer.state import Memory, as_memory
 from feedback_transformer.weights import ContextWeights, LayerWeights, Sizes, Weights
 from feedback_transformer.window import Window
 from shared_core import RelativePositionBias, generate, register_key_map, stream
+from shared_core.checks import (
+    check_at_least,
+    check_choice,
+    check_legacy_options,
+    check_mask,
+    check_probability,
+)
 
 SOLVERS = ("sequential", "jacobi")
 
@@ -94,7 +92,7 @@ class FeedbackTransformer(nn.Module):
             dim_head=dim_head,
         )
         check_at_least(0, mem_len=mem_len)
-        check_share(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
+        check_probability(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         if dim_context is not None:
             check_at_least(1, dim_context=dim_context)
         if legacy:
@@ -174,8 +172,7 @@ class FeedbackTransformer(nn.Module):
         """
         check_input(x, self.dim, self.num_tokens, self.token_emb.weight.dtype)
         b = x.shape[0]
-        if mask is not None:
-            check_mask("mask", mask, x.shape[:2])
+        check_mask("mask", mask, x.shape[:2])
         check_context(context, context_mask, self.dim_context, b)
         check_every("detach_every", detach_every, self.seq_len)
         check_every("checkpoint_every", checkpoint_every, self.seq_len)

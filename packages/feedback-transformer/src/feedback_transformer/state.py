@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from feedback_transformer.checks import check_mask
+from shared_core.checks import check_mask
 
 
 class Memory(NamedTuple):
@@ -95,8 +95,7 @@ def as_memory(
             f"{tuple(keys.shape)}"
         )
     _check_open(given, batch, layer_shape, s)
-    if given.mask is not None:
-        check_mask("mask of the memory", given.mask, keys.shape[:2])
+    check_mask("mask of the memory", given.mask, keys.shape[:2])
     return given
 
 

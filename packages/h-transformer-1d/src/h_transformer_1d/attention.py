@@ -12,24 +12,19 @@ from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor, nn
 
-from h_transformer_1d.checks import (
-    check_angles,
-    check_dropout,
-    check_embeddings,
-    check_length,
-    check_mask,
-    check_options,
-    check_positive,
-    check_rotary,
-)
+from h_transformer_1d.checks import check_angles, check_options, check_rotary
 from h_transformer_1d.hierarchy import h_attention
-from h_transformer_1d.legacy import (
-    CAUSAL_ATTENTION_KEYS,
-    attend_legacy,
-    check_legacy_options,
-)
+from h_transformer_1d.legacy import CAUSAL_ATTENTION_KEYS, attend_legacy
 from h_transformer_1d.state import LayerState, attend_state, layer_of_tokens, slot_bias
 from shared_core import register_key_map
+from shared_core.checks import (
+    check_at_least,
+    check_dropout,
+    check_legacy_options,
+    check_length,
+    check_mask,
+    check_vectors,
+)
 
 # More levels than any length has: a checkpoint with a level bias fits every `max_seq_len`.
 _BIASED_LEVELS = 32
@@ -93,13 +88,13 @@ class Attention(RotaryOwner):
     ) -> None:
         super().__init__()
         groups = heads if kv_heads is None else kv_heads
-        check_positive(
-            dim=dim, heads=heads, dim_head=dim_head, block_size=block_size, kv_heads=groups
+        check_at_least(
+            1, dim=dim, heads=heads, dim_head=dim_head, block_size=block_size, kv_heads=groups
         )
         if heads % groups:
             raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {groups}")
         check_options(block_size, scheme, query_resolution, self.causal)
-        check_dropout("dropout", dropout)
+        check_dropout(dropout=dropout)
         check_rotary(pos_emb, dim_head, legacy)
         if legacy:
             check_legacy_options(
@@ -214,9 +209,8 @@ class Attention(RotaryOwner):
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         dim = self.to_qkv.in_features
-        check_embeddings(x, dim)
-        if mask is not None:
-            check_mask(mask, x.shape[0], x.shape[1])
+        check_vectors("x", x, dim)
+        check_mask("mask", mask, x.shape[:2])
 
 
 class HAttention1D(Attention):
@@ -296,7 +290,7 @@ class CausalHAttention1D(Attention):
         dropout: float = 0.0,
         legacy: bool = False,
     ) -> None:
-        check_positive(max_seq_len=max_seq_len)
+        check_at_least(1, max_seq_len=max_seq_len)
         super().__init__(
             dim,
             heads=heads,
@@ -316,4 +310,4 @@ class CausalHAttention1D(Attention):
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         super()._check(x, mask)
-        check_length(x.shape[1], self.max_seq_len)
+        check_length("x", x.shape[1], self.max_seq_len)

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from h_transformer_1d.checks import IMPLEMENTATIONS, check_dropout, check_mask, check_options
+from h_transformer_1d.checks import IMPLEMENTATIONS, check_options
 from h_transformer_1d.flex import attend_flex, flex_serves
 from h_transformer_1d.fused import attend_fused
 from h_transformer_1d.plain import attend_plain
 from h_transformer_1d.pyramid import accumulator, count_levels
 from shared_core import transformed
+from shared_core.checks import check_choice, check_dropout, check_mask
 
 
 def h_attention(
@@ -65,14 +66,13 @@ def h_attention(
         (b, h, n, d) in the type of q.
 
     Raises:
-        TypeError: a tensor has the wrong type.
+        TypeError: a tensor or a number has the wrong type.
         ValueError: a shape or an option is out of range.
     """
     _check_tensors(q, k, v, mask, level_bias)
     check_options(block_size, scheme, query_resolution, causal)
-    check_dropout("dropout", dropout)
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    check_dropout(dropout=dropout)
+    check_choice("impl", impl, IMPLEMENTATIONS)
     coarse = query_resolution == "coarse"
     if impl == "flex" and (coarse or dropout):
         raise ValueError(
@@ -149,8 +149,7 @@ def _check_tensors(
         raise ValueError(f"{h} query heads cannot share {k.shape[1]} key/value heads")
     if n < 1:
         raise ValueError(f"the sequence must hold at least 1 token, got shape {tuple(q.shape)}")
-    if mask is not None:
-        check_mask(mask, b, n)
+    check_mask("mask", mask, (b, n))
     if level_bias is not None and not level_bias.is_floating_point():
         raise TypeError(f"level_bias must be floating point, got {level_bias.dtype}")
     if level_bias is not None and (

@@ -41,13 +41,6 @@ REVERSIBLE_KEYS = (
 )
 
 
-def check_legacy_options(**unset: bool) -> None:
-    """Raises ValueError for an option that the reference does not have; True = left alone."""
-    changed = [name for name, left_alone in unset.items() if not left_alone]
-    if changed:
-        raise ValueError(f"legacy=True has no {', '.join(changed)}: the reference knows none")
-
-
 def check_legacy_length(max_seq_len: int, block_size: int) -> None:
     """Raises ValueError for a length that the reference refuses."""
     blocks, rest = divmod(max_seq_len, block_size)

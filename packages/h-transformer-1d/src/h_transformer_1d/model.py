@@ -19,21 +19,8 @@ from h_transformer_1d.attention import (
     RotaryOwner,
     rotary_angles,
 )
-from h_transformer_1d.checks import (
-    check_dropout,
-    check_embeddings,
-    check_length,
-    check_mask,
-    check_options,
-    check_positive,
-    check_rotary,
-    check_tokens,
-)
-from h_transformer_1d.legacy import (
-    MODEL_KEYS,
-    check_legacy_length,
-    check_legacy_options,
-)
+from h_transformer_1d.checks import check_options, check_rotary
+from h_transformer_1d.legacy import MODEL_KEYS, check_legacy_length
 from h_transformer_1d.reversible import ReversibleSequence, SequentialSequence
 from h_transformer_1d.state import (
     LayerState,
@@ -44,6 +31,15 @@ from h_transformer_1d.state import (
     state_of_layers,
 )
 from shared_core import FeedForward, eval_mode, generate, register_key_map, stream
+from shared_core.checks import (
+    check_at_least,
+    check_dropout,
+    check_legacy_options,
+    check_length,
+    check_mask,
+    check_tokens,
+    check_vectors,
+)
 
 
 class _PreNorm(nn.Module):
@@ -144,6 +140,7 @@ class HTransformer1D(RotaryOwner):
         legacy: reproduce the numbers of h-transformer-1d 0.1.9.
 
     Raises:
+        TypeError: a number has the wrong type.
         ValueError: a number is out of range, or a new option meets `legacy`.
     """
 
@@ -171,7 +168,8 @@ class HTransformer1D(RotaryOwner):
         legacy: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(
+        check_at_least(
+            1,
             num_tokens=1 if num_tokens is None else num_tokens,
             dim=dim,
             depth=depth,
@@ -180,8 +178,7 @@ class HTransformer1D(RotaryOwner):
             ff_mult=ff_mult,
             block_size=block_size,
         )
-        check_dropout("attn_dropout", attn_dropout)
-        check_dropout("ff_dropout", ff_dropout)
+        check_dropout(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         if legacy:
             check_legacy_options(num_tokens=num_tokens is not None, ff_dropout=ff_dropout == 0.0)
             check_legacy_length(max_seq_len, block_size)
@@ -261,7 +258,7 @@ class HTransformer1D(RotaryOwner):
                 state is asked of a model that is not causal or legacy.
         """
         self._check_input(x, mask)
-        check_length(x.shape[1], self.max_seq_len)
+        check_length("x", x.shape[1], self.max_seq_len)
         if return_state:
             return self._prefill(x, mask)
         hidden = self._embed(x, mask)
@@ -272,11 +269,11 @@ class HTransformer1D(RotaryOwner):
         """The state of `batch` sequences that have seen nothing.
 
         Raises:
-            ValueError: the model is not causal, or is legacy.
+            TypeError: `batch` is no integer.
+            ValueError: `batch` is negative, or the model is not causal, or is legacy.
         """
         self._check_stateful()
-        if batch < 0:
-            raise ValueError(f"batch must be at least 0, got {batch}")
+        check_at_least(0, batch=batch)
         like = self.norm.weight
         layers = []
         for attend, feed in self.layers.pairs():
@@ -501,11 +498,10 @@ class HTransformer1D(RotaryOwner):
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         if self.num_tokens is None:
-            check_embeddings(x, self.dim)
+            check_vectors("x", x, self.dim)
         else:
-            check_tokens(x)
-        if mask is not None:
-            check_mask(mask, x.shape[0], x.shape[1])
+            check_tokens("x", x)
+        check_mask("mask", mask, x.shape[:2])
 
     def _check_stateful(self, tokens: bool = False) -> None:
         if not self.causal:

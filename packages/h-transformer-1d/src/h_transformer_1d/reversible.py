@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 
 from h_transformer_1d.legacy import REVERSIBLE_KEYS
 from shared_core import register_key_map
+from shared_core.checks import check_probability
 
 Route = Sequence[tuple[bool, bool]]
 Function = Callable[[Tensor], Tensor]
@@ -52,8 +53,7 @@ class _Sequence(nn.Module):
                     f"args_route[{name!r}] must hold {len(self.layers)} entries, one a layer, "
                     f"got {len(route)}"
                 )
-        if not 0.0 <= layer_dropout <= 1.0:
-            raise ValueError(f"layer_dropout must be in [0, 1], got {layer_dropout}")
+        check_probability(layer_dropout=layer_dropout)
         self.layer_dropout = layer_dropout
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:

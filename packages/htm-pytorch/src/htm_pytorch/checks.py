@@ -8,36 +8,6 @@ import torch
 from torch import Tensor
 
 
-def check_positive(**numbers: int) -> None:
-    """Raises unless all are integers of at least 1."""
-    for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name} must be an integer, got {number!r}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-
-
-def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
-    """Raises ValueError for an unknown option."""
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
-
-
-def check_tensor(name: str, x: object) -> None:
-    """Raises TypeError unless x is a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-
-
-def check_sequence(name: str, x: Tensor, dim: int) -> None:
-    """Raises unless x is (b, n, dim), floating point."""
-    check_tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}")
-    if x.ndim != 3 or x.shape[-1] != dim:
-        raise ValueError(f"{name} must be (b, n, {dim}), got shape {tuple(x.shape)}")
-
-
 def check_same_batch(queries: Tensor, memories: Tensor) -> None:
     """Raises ValueError unless both have as many rows."""
     if queries.shape[0] != memories.shape[0]:
@@ -45,15 +15,6 @@ def check_same_batch(queries: Tensor, memories: Tensor) -> None:
             f"queries and memories must be of one batch, got {queries.shape[0]} and "
             f"{memories.shape[0]} rows"
         )
-
-
-def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """Raises unless `mask` is boolean and has exactly this shape: nothing is broadcast."""
-    check_tensor(name, mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be boolean, got {mask.dtype}")
-    if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {tuple(shape)}, got shape {tuple(mask.shape)}")
 
 
 def check_rows(name: str, x: Tensor, rows: int) -> None:

@@ -12,13 +12,6 @@ if TYPE_CHECKING:
     from htm_pytorch.model import HTMAttention
 
 
-def check_legacy_options(**unset: bool) -> None:
-    """Raises ValueError for an option that the reference does not have; True = left alone."""
-    changed = [name for name, left_alone in unset.items() if not left_alone]
-    if changed:
-        raise ValueError(f"legacy=True has no {', '.join(changed)}: the reference knows none")
-
-
 def attend_legacy(
     module: HTMAttention,
     queries: Tensor,

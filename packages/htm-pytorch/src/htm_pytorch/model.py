@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from htm_pytorch.attention import attend_chosen, choose
-from htm_pytorch.checks import (
-    check_choice,
-    check_mask,
-    check_positive,
-    check_same_batch,
-    check_sequence,
-)
-from htm_pytorch.legacy import attend_legacy, check_legacy_options
+from htm_pytorch.checks import check_same_batch
+from htm_pytorch.legacy import attend_legacy
 from htm_pytorch.retrieval import count_chunks, summarise
+from shared_core.checks import (
+    check_at_least,
+    check_choice,
+    check_legacy_options,
+    check_mask,
+    check_vectors,
+)
 
 IMPLEMENTATIONS = ("auto", "absorbed", "projected")
 
@@ -51,7 +52,7 @@ class SinusoidalPosition(nn.Module):
     inv_freqs: Tensor
 
     def __init__(self, dim: int, min_timescale: float = 2.0, max_timescale: float = 1e4) -> None:
-        check_positive(dim=dim)
+        check_at_least(1, dim=dim)
         if not 0.0 < min_timescale < math.inf or not 0.0 < max_timescale < math.inf:
             raise ValueError(
                 f"timescales must be finite and above 0, got {min_timescale} and {max_timescale}"
@@ -134,7 +135,8 @@ class HTMAttention(nn.Module):
         impl: str = "auto",
         legacy: bool = False,
     ) -> None:
-        check_positive(
+        check_at_least(
+            1,
             dim=dim,
             heads=heads,
             topk_mems=topk_mems,
@@ -189,11 +191,10 @@ class HTMAttention(nn.Module):
             TypeError, ValueError: an argument has the wrong type or shape; nothing is broadcast.
                 With `legacy`, also for an option that the reference does not have.
         """
-        check_sequence("queries", queries, self.dim)
-        check_sequence("memories", memories, self.dim)
+        check_vectors("queries", queries, self.dim, least=0)
+        check_vectors("memories", memories, self.dim, least=0)
         check_same_batch(queries, memories)
-        if mask is not None:
-            check_mask("mask", mask, memories.shape[:2])
+        check_mask("mask", mask, memories.shape[:2])
         if chunk_attn_mask is not None:
             chunks = count_chunks(memories.shape[1], self.mem_chunk_size)
             check_mask("chunk_attn_mask", chunk_attn_mask, (*queries.shape[:2], chunks))
@@ -261,7 +262,7 @@ class HTMBlock(nn.Module):
 
         With `legacy` the normalised queries are added instead, as the reference does.
         """
-        check_sequence("queries", queries, self.attn.dim)
+        check_vectors("queries", queries, self.attn.dim, least=0)
         asking = self.norm(queries)
         found = self.attn(
             asking,

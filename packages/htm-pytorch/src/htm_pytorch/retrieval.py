@@ -16,9 +16,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from shared_core import masked_mean, pad_to, transformed
+from shared_core import masked_mean, transformed
 
 NOTHING = -1e30
 """Score of what is not to be seen: finite, so that no row meets ``inf - inf``."""
@@ -48,6 +49,18 @@ def count_chunks(m: int, c: int) -> int:
     return -(-m // c)
 
 
+def in_chunks(x: Tensor, c: int) -> Tensor:
+    """Chunks of tokens (b, m, ...): (b, j, c, ...), zeros at the end of the last one."""
+    m = x.shape[1]
+    # Not -m % c: from a product, export sees that the new length is a multiple.
+    missing = (m + c - 1) // c * c - m
+    # While tracing, this comparison would tie a dynamic length to one of its two outcomes.
+    if torch.compiler.is_compiling() or missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
+    chunks: Tensor = x.unflatten(1, (-1, c))
+    return chunks
+
+
 def in_full(x: Tensor) -> AbstractContextManager[object]:
     """No autocast of products of x: half precision would mistake chunks for each other."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
@@ -59,10 +72,9 @@ def summarise(memories: Tensor, mask: Tensor | None, c: int) -> Summary:
     if memories.shape[1] == 0:
         return Summary(memories.to(wide), None)
     seen = torch.ones_like(memories[..., 0], dtype=torch.bool) if mask is None else mask
-    seen = pad_to(seen, c, 1, value=False).unflatten(1, (-1, c))
+    seen = in_chunks(seen, c)
     if transformed(memories) or (memories.requires_grad and torch.is_grad_enabled()):
-        tokens = pad_to(memories.to(wide), c, 1).unflatten(1, (-1, c))
-        means = masked_mean(tokens, seen, 2)
+        means = masked_mean(in_chunks(memories.to(wide), c), seen, 2)
     else:
         means = _means(memories.detach(), seen)
     return Summary(means, None if mask is None else seen.any(2))

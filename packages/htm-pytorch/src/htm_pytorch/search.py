@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from htm_pytorch.checks import check_positive
 from htm_pytorch.retrieval import Summary, search
+from shared_core.checks import check_at_least
 
 # Chunks of an environment that are searched exactly before it gets an index.
 _FEW = 4096
@@ -73,7 +73,7 @@ class FaissSearch:
     def __init__(
         self, index: str = "HNSW32", *, few: int = _FEW, parameters: str | None = None
     ) -> None:
-        check_positive(few=few)
+        check_at_least(1, few=few)
         if not isinstance(index, str) or not isinstance(parameters, str | None):
             raise TypeError(f"index and parameters must be str, got {index!r} and {parameters!r}")
         try:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from htm_pytorch.checks import check_positive
+from shared_core.checks import check_at_least
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -23,9 +23,9 @@ class Settings(NamedTuple):
 
     def check(self) -> None:
         """Raises TypeError or ValueError where one is out of range."""
-        check_positive(dim=self.dim, environments=self.environments, chunk_size=self.chunk_size)
+        check_at_least(1, dim=self.dim, environments=self.environments, chunk_size=self.chunk_size)
         if self.capacity is not None:
-            check_positive(capacity=self.capacity)
+            check_at_least(1, capacity=self.capacity)
             if self.capacity % self.chunk_size:
                 raise ValueError(
                     f"capacity must be a multiple of {self.chunk_size}, got {self.capacity}"

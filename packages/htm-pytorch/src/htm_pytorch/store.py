@@ -17,13 +17,7 @@ from torch import Tensor
 
 from htm_pytorch.attending import attend_view, eagerly, look_up, parts
 from htm_pytorch.attention import choose
-from htm_pytorch.checks import (
-    check_env_ids,
-    check_mask,
-    check_overflow,
-    check_rows,
-    check_sequence,
-)
+from htm_pytorch.checks import check_env_ids, check_overflow, check_rows
 from htm_pytorch.files import load_file, save_file
 from htm_pytorch.layout import Layout
 from htm_pytorch.mapped import check_on_cpu, make_pool, read_manifest
@@ -31,6 +25,7 @@ from htm_pytorch.model import HTMAttention, HTMBlock, asked_for
 from htm_pytorch.retrieval import Summary
 from htm_pytorch.search import Search
 from htm_pytorch.settings import Settings
+from shared_core.checks import check_mask, check_vectors
 
 _KIND = "htm_pytorch memory store"
 
@@ -132,7 +127,7 @@ class MemoryStore:
         """
         ids = self._ids(env_ids)
         self._check_writable()
-        check_sequence("tokens", tokens, self.dim)
+        check_vectors("tokens", tokens, self.dim, least=0)
         check_rows("tokens", tokens, len(ids))
         if tokens.numel():
             with torch.inference_mode(False), torch.no_grad():
@@ -171,7 +166,7 @@ class MemoryStore:
         """
         ids = self._ids(env_ids)
         block, attention = parts(module, self._settings)
-        check_sequence("queries", queries, self.dim)
+        check_vectors("queries", queries, self.dim, least=0)
         check_rows("queries", queries, len(ids))
         device = self._layout.means.device
         if queries.device != device:

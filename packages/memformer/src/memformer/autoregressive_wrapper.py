@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from memformer.checks import check_mask, check_tokens, check_vectors
 from memformer.sharding import Gathered, Step
 from memformer.transformer import Decoder, TransformerWrapper
 from shared_core import eval_mode, filter_logits, generate, next_token_pairs, stream, top_k
+from shared_core.checks import check_mask, check_tokens, check_vectors
 
 __all__ = ["AutoregressiveWrapper", "top_k", "top_p"]
 

@@ -26,13 +26,6 @@ FEED_FORWARD_KEYS = (
 """How it names the feed-forward layer of the memory."""
 
 
-def check_legacy_options(**unset: bool) -> None:
-    """Raises ValueError for an option that the reference does not have; True = left alone."""
-    changed = [name for name, left_alone in unset.items() if not left_alone]
-    if changed:
-        raise ValueError(f"legacy=True has no {', '.join(changed)}: the reference knows none")
-
-
 def attend_legacy(
     q: Tensor,
     k: Tensor,

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from memformer.autoregressive_wrapper import AutoregressiveWrapper
-from memformer.checks import (
-    check_choice,
-    check_dtype,
-    check_heads,
-    check_mask,
-    check_positive,
-    check_tokens,
-    check_vectors,
-)
+from memformer.checks import check_dtype, check_heads
 from memformer.layers import Attention, FeedForwardLayer
-from memformer.legacy import FEED_FORWARD_KEYS, check_legacy_options
+from memformer.legacy import FEED_FORWARD_KEYS
 from memformer.segments import Context, Segment, split_segments
 from memformer.sharding import Gathered, Step
 from memformer.transformer import Decoder, Encoder, TransformerWrapper
 from memformer.writers import BMN_BIAS, WRITERS, normalise, write_bmn, write_gru
 from shared_core import eval_mode, generate, register_key_map, stream
+from shared_core.checks import (
+    check_at_least,
+    check_choice,
+    check_legacy_options,
+    check_mask,
+    check_tokens,
+    check_vectors,
+)
 
 
 class Results(NamedTuple):
@@ -111,9 +111,9 @@ class Memformer(nn.Module):
         checkpoint_layers: bool = False,
         legacy: bool = False,
     ) -> None:
-        check_positive(num_memory_slots=num_memory_slots)
+        check_at_least(1, num_memory_slots=num_memory_slots)
         # The reference takes 0, which writes nothing.
-        check_positive(least=0 if legacy else 1, num_mem_updates=num_mem_updates)
+        check_at_least(0 if legacy else 1, num_mem_updates=num_mem_updates)
         check_heads(dim, mem_update_attn_heads, "mem_update_attn_heads")
         check_choice("writer", writer, WRITERS)
         if not temperature > 0.0:

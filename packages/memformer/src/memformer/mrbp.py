@@ -20,9 +20,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from memformer.checks import check_mask, check_positive
 from memformer.model import EncOnlyResults, Memformer, Results
 from memformer.segments import Context, Segment
+from shared_core.checks import check_at_least, check_mask
 
 Loss = Callable[[Results | EncOnlyResults, int], Tensor | None]
 
@@ -126,7 +126,7 @@ def memory_replay_backprop(
     if tgt is None and loss_fn is None:
         raise ValueError("give a tgt, a loss_fn, or both, got neither")
     if truncation is not None:
-        check_positive(truncation=truncation)
+        check_at_least(1, truncation=truncation)
     count = len(steps)
     losing = [loss_fn is not None or step.tgt is not None for step in steps]
     reached = _reached(losing, truncation or count)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memformer.checks import check_mask
+from shared_core.checks import check_mask
 
 
 class Context(NamedTuple):

@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memformer.attention import attend
-from memformer.checks import (
-    check_dropout,
-    check_dtype,
-    check_heads,
-    check_length,
-    check_mask,
-    check_only_one,
-    check_positive,
-    check_tokens,
-    check_vectors,
-)
+from memformer.checks import check_dtype, check_heads, check_only_one
 from memformer.layers import Layer
-from memformer.legacy import LAYER_KEYS, check_legacy_options
+from memformer.legacy import LAYER_KEYS
 from memformer.products import multiply, project
 from memformer.state import DecoderState
 from shared_core import RelativePositionBias, register_key_map, transformed
+from shared_core.checks import (
+    check_at_least,
+    check_dropout,
+    check_legacy_options,
+    check_length,
+    check_mask,
+    check_tokens,
+    check_vectors,
+)
 
 
 class Blocks(nn.Module):
@@ -44,6 +43,7 @@ class Blocks(nn.Module):
         legacy: reproduce the numbers of memformer 0.3.1.
 
     Raises:
+        TypeError: a number has the wrong type.
         ValueError: a number is out of range, or a new option meets `legacy`.
     """
 
@@ -61,8 +61,8 @@ class Blocks(nn.Module):
         legacy: bool,
     ) -> None:
         check_heads(dim, heads)
-        check_positive(depth=depth)
-        check_dropout(dropout)
+        check_at_least(1, depth=depth)
+        check_dropout(dropout=dropout)
         if legacy:
             check_legacy_options(max_distance=max_distance == 128, dropout=dropout == 0.0)
         super().__init__()
@@ -213,7 +213,7 @@ class Decoder(Blocks):
 
         Without gradients, as `step`, which writes in place.
         """
-        check_positive(batch=batch, room=room)
+        check_at_least(1, batch=batch, room=room)
         if self.legacy and context is None:
             raise ValueError("a legacy decoder without a context attends to all tokens at once")
         weight = self.rel_pos_emb.relative_attention_bias.weight
@@ -293,6 +293,7 @@ class TransformerWrapper(nn.Module):
         dropout: of the embeddings.
 
     Raises:
+        TypeError: a number has the wrong type.
         ValueError: a number is out of range, `layer_blocks` has another width, or a new option
             meets legacy ones.
     """
@@ -309,8 +310,8 @@ class TransformerWrapper(nn.Module):
         tie_embeddings: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        check_positive(num_tokens=num_tokens, max_seq_len=max_seq_len, dim=dim, heads=heads)
-        check_dropout(dropout)
+        check_at_least(1, num_tokens=num_tokens, max_seq_len=max_seq_len, dim=dim, heads=heads)
+        check_dropout(dropout=dropout)
         if tie_embeddings and not return_logits:
             raise ValueError("tie_embeddings needs return_logits=True, got return_logits=False")
         width = getattr(layer_blocks, "dim", dim)

@@ -14,13 +14,6 @@ PKM_KEYS = (
 """How releases 0.2 and 0.3 name parameters that bear another name here."""
 
 
-def check_legacy_options(**unset: bool) -> None:
-    """Raises ValueError for an option that the reference does not have; True = left alone."""
-    changed = [name for name, left_alone in unset.items() if not left_alone]
-    if changed:
-        raise ValueError(f"legacy=True has no {', '.join(changed)}: the reference knows none")
-
-
 def differentiable_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best scores (..., k) and where they were, by coordinate descent (Ainslie et al. 2023)."""
     # Only here: it takes a second to import, and few want it.

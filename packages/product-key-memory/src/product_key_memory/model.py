@@ -12,19 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from product_key_memory.checks import (
-    as_dtype,
-    check_at_least_0,
-    check_choice,
-    check_input,
-    check_mask,
-    check_positive,
-    check_probability,
-    check_trainable,
-)
+from product_key_memory.checks import as_dtype, check_at_least_0, check_input
 from product_key_memory.legacy import (
     PKM_KEYS,
-    check_legacy_options,
     differentiable_top_k,
     normalise_over_time,
     widen_statistics,
@@ -34,6 +24,13 @@ from product_key_memory.norm import MaskedBatchNorm1D
 from product_key_memory.operators import match_known
 from product_key_memory.values import MemoryPool
 from shared_core import register_key_map
+from shared_core.checks import (
+    check_at_least,
+    check_choice,
+    check_legacy_options,
+    check_mask,
+    check_probability,
+)
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda scores: scores.softmax(-1),
@@ -63,8 +60,8 @@ class _Routing(nn.Module):
         if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
             raise ValueError(f"num_keys must be an integer or a pair of them, got {num_keys!r}")
         sizes = (sizes[0], sizes[1])
-        check_positive(dim=dim, heads=heads, topk=topk, dim_head=dim_head, num_keys=sizes[0])
-        check_positive(num_keys=sizes[1])
+        check_at_least(1, dim=dim, heads=heads, topk=topk, dim_head=dim_head, num_keys=sizes[0])
+        check_at_least(1, num_keys=sizes[1])
         if topk > min(sizes):
             raise ValueError(
                 f"topk must be at most the number of sub-keys, got topk={topk} and {sizes} keys"
@@ -245,7 +242,7 @@ class ProductKeyRouter(_Routing):
         check_input(x, self.dim)
         check_at_least_0(gumbel_noise_scale=gumbel_noise_scale)
         if input_mask is not None:
-            check_mask(input_mask, x.shape[:-1])
+            check_mask("input_mask", input_mask, x.shape[:-1])
             x = x.masked_fill(~input_mask[..., None], 0.0)
         indices, scores = self.route(x, input_mask, gumbel_noise_scale)
         if input_mask is not None:
@@ -415,11 +412,10 @@ class PKM(_Routing):
         check_at_least_0(gumbel_noise_scale=gumbel_noise_scale)
         mask = None
         if input_mask is not None:
-            check_mask(input_mask, x.shape[:-1])
+            check_mask("input_mask", input_mask, x.shape[:-1])
             # The reference takes a mask, and does nothing with it.
             mask = None if self.legacy else input_mask
-        if mem_trainable_mask is not None:
-            check_trainable(mem_trainable_mask, self.num_memories)
+        check_mask("mem_trainable_mask", mem_trainable_mask, (self.num_memories,))
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)
         x = self.input_dropout(self.pre_layernorm(x))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from shared_core.checks import check_mask
+
 
 class MaskedBatchNorm1D(nn.Module):
     """A `BatchNorm1d` over the features of the tokens that a mask keeps.
@@ -56,10 +58,7 @@ class MaskedBatchNorm1D(nn.Module):
                 f"a mask of {tuple(mask.shape)} needs a BatchNorm1d, got {type(fn).__name__}: "
                 "statistics would be of one process"
             )
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean, got {mask.dtype}")
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must be {tuple(x.shape[:-1])}, got shape {tuple(mask.shape)}")
+        check_mask("mask", mask, x.shape[:-1])
         kept = mask.reshape(-1, 1)
         # Sums instead of x[mask], whose length the compiler could not know; in float32 at least,
         # since those of halves overflow.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from product_key_memory.checks import check_at_least_0, check_choice
+from product_key_memory.checks import check_at_least_0
 from product_key_memory.factors import collect_factors, factors_of
 from product_key_memory.gradients import (
     TableGradient,
@@ -26,6 +26,7 @@ from product_key_memory.gradients import (
 )
 from product_key_memory.rules import RULES, start
 from product_key_memory.values import MemoryPool
+from shared_core.checks import check_choice
 
 
 def fetch_pkm_value_parameters(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from product_key_memory.checks import check_indices, check_positive
+from product_key_memory.checks import check_indices
 from product_key_memory.files import load_file, save_file
 from product_key_memory.values import MemoryPool
+from shared_core.checks import check_at_least
 
 
 @dataclass(eq=False)
@@ -243,7 +244,7 @@ def select_slots(stats: SlotStats, background: SlotStats, top: int) -> dict[str,
     Raises:
         TypeError, ValueError: `top` is no positive integer, or the two are of other pools.
     """
-    check_positive(top=top)
+    check_at_least(1, top=top)
     _check_same_pools(stats, background)
     chosen = {}
     for name, new in stats.pools.items():

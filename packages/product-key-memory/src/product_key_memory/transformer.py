@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from product_key_memory.checks import check_positive, check_probability
 from product_key_memory.legacy import PKM_KEYS
 from product_key_memory.model import PKM
 from product_key_memory.state import State
@@ -27,6 +26,7 @@ from shared_core import (
     stream,
     top_k,
 )
+from shared_core.checks import check_at_least, check_integers, check_probability
 
 __all__ = ["Transformer", "top_k"]
 
@@ -140,7 +140,8 @@ class Transformer(nn.Module):
         pkm_kwargs: Mapping[str, Any] = MappingProxyType({}),
         legacy: bool = False,
     ) -> None:
-        check_positive(
+        check_at_least(
+            1,
             dim=dim,
             num_tokens=num_tokens,
             depth=depth,
@@ -148,8 +149,7 @@ class Transformer(nn.Module):
             dim_head=dim_head,
             heads=heads,
         )
-        if isinstance(pad_value, bool) or not isinstance(pad_value, int):
-            raise TypeError(f"pad_value must be an integer, got {pad_value!r}")
+        check_integers(pad_value=pad_value)
         with_memory = _memory_layers(pkm_layers, depth)
         super().__init__()
         self.num_tokens = num_tokens

@@ -11,17 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from product_key_memory.checks import (
-    as_dtype,
-    check_choice,
-    check_indices,
-    check_positive,
-    check_tokens,
-    check_trainable,
-)
+from product_key_memory.checks import as_dtype, check_indices, check_rows
 from product_key_memory.factors import match_factored, read_factored
 from product_key_memory.operators import match, read, read_without_gradient
 from shared_core import transformed
+from shared_core.checks import check_at_least, check_choice, check_mask
 
 
 class Reader(Protocol):
@@ -107,7 +101,7 @@ class MemoryPool(nn.Module):
         values_grad: str = "dense",
         dtype: torch.dtype | str | None = None,
     ) -> None:
-        check_positive(slots=slots, dim=dim)
+        check_at_least(1, slots=slots, dim=dim)
         check_choice("values_grad", values_grad, ("dense", "factored"))
         dtype = as_dtype("dtype", dtype)
         super().__init__()
@@ -148,8 +142,7 @@ class MemoryPool(nn.Module):
             TypeError, ValueError: an argument has the wrong type or shape.
         """
         check_indices(indices, weights)
-        if trainable is not None:
-            check_trainable(trainable, self.slots)
+        check_mask("trainable", trainable, (self.slots,))
         if x is not None:
             weights = weights * self.activations(indices, x, trainable)
         weights = weights.to(self.weight.dtype)
@@ -166,8 +159,7 @@ class MemoryPool(nn.Module):
         """
         if self.inputs is None:
             raise ValueError("only a pool with experts=True has activations")
-        check_tokens(x, indices.shape[0], self.dim)
-        if trainable is not None:
-            check_trainable(trainable, self.slots)
+        check_rows(x, indices.shape[0], self.dim)
+        check_mask("trainable", trainable, (self.slots,))
         x = x.to(self.inputs.dtype)
         return F.gelu(self.reader.match(self.inputs, indices, x, trainable))
