@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import htm_pytorch
-from htm_pytorch import HTMAttention, MemoryStore
+from htm_pytorch import HTMAttention, MemoryStore, mapped, storage
 from shared_core.testing import Randn
 
 CAPACITY = 2 * CHUNK
 SOURCES = str(Path(htm_pytorch.__file__).parent)
+POOLS = (storage.__file__, mapped.__file__)
 
 
 class Fails(TorchDispatchMode):
@@ -37,13 +38,14 @@ class Fails(TorchDispatchMode):
 
 
 class Interrupts:
-    """A key pressed while line `at` of the package is about to run, or a function has ended."""
+    """A key pressed while line `at` of the sources is about to run, or a function has ended."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, *sources: str) -> None:
         self.left = at
+        self.sources = sources or (SOURCES,)
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(SOURCES):
+        if not frame.f_code.co_filename.startswith(self.sources):
             return None
         if event in ("line", "return"):
             self.left -= 1
@@ -161,6 +163,38 @@ def test_at_any_step(
         store.close()
         step += stride
     assert step > 2 * stride
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_growing_by_less_than_was_interrupted(
+    device: torch.device, tmp_path: Path, randn: Randn, in_files: bool
+) -> None:
+    """What an interrupt leaves of a pool that grows does for any growth that follows."""
+    if in_files and device.type != "cpu":
+        pytest.skip("files are on the CPU")
+    step, interrupted = 0, True
+    while interrupted:
+        settings = {"path": tmp_path / str(step)} if in_files else {"device": device}
+        store, held, interrupted = new_store(**settings), Memories(), False
+        for on in (store, held):
+            on.append(randn(3, CHUNK, DIM), [0, 1, 2])
+        try:
+            with Interrupts(step, *POOLS):
+                store.append(randn(3, 9 * CHUNK, DIM))
+        except KeyboardInterrupt:
+            interrupted = True
+        if not held.same(store):
+            held.append(randn(3, 9 * CHUNK, DIM), [0, 1, 2])
+        for chunks in (1, 5, 40):
+            for on in (store, held):
+                on.append(randn(1, chunks * CHUNK, DIM, seed=chunks), [1])
+            if in_files:
+                store.flush()
+            lost(store)
+            assert held.same(store)
+        store.close()
+        step += 1
+    assert step > 2
 
 
 class _Drawn:

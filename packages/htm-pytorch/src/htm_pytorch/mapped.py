@@ -24,7 +24,7 @@ from htm_pytorch.files import (
     unlock,
 )
 from htm_pytorch.settings import Settings
-from htm_pytorch.storage import Pool, Room, longer
+from htm_pytorch.storage import Pool, Room, resized
 
 _KIND = "htm_pytorch memory store, folder"
 _MANIFEST = "manifest"
@@ -111,7 +111,7 @@ class MappedPool(Pool):
             "table": table.clone(),
             "used": used,
         }
-        pinned = torch.zeros(len(self.tokens), dtype=torch.bool)
+        pinned = torch.zeros_like(self._pinned)
         pinned[table[table >= 0]] = True
         # Should it fail, either manifest may be the one on the disk.
         self._pinned = self._pinned | pinned
@@ -158,13 +158,13 @@ class MappedPool(Pool):
     def _grow(self, least: int) -> None:
         # Nothing is copied, so there is no need to claim twice as much of the disk.
         room = max(least, len(self.tokens) + len(self.tokens) // 4)
-        pinned, begun = longer(self._pinned, room), longer(self._begun, room)
+        pinned, begun = resized(self._pinned, room), resized(self._begun, room)
         tokens, means = (
             _map(file, part, room, self.read_only) for file, part in self._files().items()
         )
+        self._pinned, self._begun, self.means = pinned, begun, means
+        # Last: an interrupt before it leaves the others longer, never shorter than the tokens.
         self.tokens: Tensor = tokens
-        self.means = means
-        self._pinned, self._begun = pinned, begun
 
 
 def make_pool(

@@ -134,12 +134,13 @@ class Pool:
             room = self.limit if len(old) < self.limit else len(old) + len(old) // 4
         tokens = old.new_empty(max(least, room), *old.shape[1:])
         tokens[: self.room.used] = old[: self.room.used]
-        self._begun = longer(self._begun, len(tokens))
+        self._begun = resized(self._begun, len(tokens))
+        # Last: an interrupt before it leaves the others longer, never shorter than the tokens.
         self.tokens = tokens
 
 
-def longer(x: Tensor, n: int) -> Tensor:
+def resized(x: Tensor, n: int) -> Tensor:
     """Numbers (n,) that begin with those of x, and go on with 0."""
-    found = x.new_zeros(n)
-    found[: len(x)] = x
+    found, kept = x.new_zeros(n), x[:n]
+    found[: len(kept)] = kept
     return found
