@@ -239,7 +239,7 @@ class Layout:
 
     def _released(self, places: Tensor) -> Released | None:
         """Places (x,) that are to be given back, if any."""
-        return Released(self.pool.leases.taken, places.cpu()) if len(places) else None
+        return Released(self.pool.leases.now(), places.cpu()) if len(places) else None
 
     def _commit(
         self, changes: list[Change], released: Released | None, ids: Tensor, columns: Tensor

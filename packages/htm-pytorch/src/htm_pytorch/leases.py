@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from threading import Lock
+from itertools import count
 from typing import Any
 from weakref import ref
 
@@ -12,34 +12,35 @@ from torch import Tensor
 
 
 class Leases:
-    """Counts leases of tokens, which end by themselves.
+    """Leases of tokens, which end by themselves, each with the time at which it was taken.
 
     A lease is a tensor that shares the tokens' memory. It lasts while the tensor or a view of it
     is alive. So a graph that keeps one for its backward pass holds the lease exactly as long as it
     may need the tokens: until that pass has freed them, or until the graph is dropped.
+
+    Several threads may take leases. There is no lock, which an interrupt could leave closed: each
+    change is one operation.
     """
 
     def __init__(self) -> None:
-        self._taken: int = 0
+        self._clock: count[int] = count()
         self._closed: bool = False
-        # Beside each lease an empty tensor that shares its version counter.
+        # By time. Beside each lease an empty tensor that shares its version counter.
         self._live: dict[int, tuple[ref[Tensor], Tensor]] = {}
         # Filled by whichever thread runs a backward pass, in the middle of anything.
         self._ended: deque[int] = deque()
-        self._lock: Lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a store has tokens of its own, which nobody has been lent.
-        return {"_taken": self._taken, "_closed": self._closed}
+        return {"now": self.now(), "closed": self._closed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-        self.__dict__ |= state
+        self._clock, self._closed = count(state["now"]), state["closed"]
 
-    @property
-    def taken(self) -> int:
-        """Leases that have been taken at any time."""
-        return self._taken
+    def now(self) -> int:
+        """The time: after every lease that has been taken, before every other."""
+        return next(self._clock)
 
     def take(self, tokens: Tensor) -> Tensor:
         """The tokens, under a lease."""
@@ -48,11 +49,8 @@ class Leases:
         lent = tokens.data
         version = lent.detach()
         version.data = version.new_empty(0)
-        ended = self._ended
-        with self._lock:
-            number = self._taken
-            self._live[number] = ref(lent, lambda _: ended.append(number)), version
-            self._taken += 1
+        ended, now = self._ended, self.now()
+        self._live[now] = ref(lent, lambda _: ended.append(now)), version
         return lent
 
     def some_ended(self) -> bool:
@@ -60,18 +58,18 @@ class Leases:
         return bool(self._ended)
 
     def live(self) -> list[int]:
-        """Numbers of the leases that last, in the order in which they were taken, from 0."""
-        with self._lock:
-            while self._ended:
-                del self._live[self._ended.popleft()]
-            return list(self._live)
+        """When the leases that last were taken, in order."""
+        while self._ended:
+            # In this order: after an interrupt in between it is done once more.
+            self._live.pop(self._ended[0], None)
+            self._ended.popleft()
+        return sorted(self._live)
 
     def close(self) -> None:
         """Makes an error of every backward pass that reads what was lent."""
         self._closed = True
-        with self._lock:
-            for _, version in self._live.values():
-                torch.autograd.graph.increment_version(version)
+        for _, version in list(self._live.values()):
+            torch.autograd.graph.increment_version(version)
 
     def check(self, _: Tensor) -> None:
         """Raises ValueError if closed: a hook of what was found in a lease, to say it plainly."""

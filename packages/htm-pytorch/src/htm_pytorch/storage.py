@@ -30,9 +30,9 @@ class Room(NamedTuple):
 
 
 class Released(NamedTuple):
-    """Places (x,) that were given back when so many leases had been taken."""
+    """Places (x,) that were given back at a time of `Leases.now`."""
 
-    leases: int
+    when: int
     places: Tensor
 
 
@@ -59,7 +59,7 @@ class Pool:
         # What was given back and not looked at yet, and what was, and is still read.
         self._released: list[Released] = []
         self._held: list[Released] = []
-        # How many leases had been taken when a place was handed out: (p,).
+        # When a place was handed out: (p,).
         self._begun: Tensor = _NONE
 
     @property
@@ -76,7 +76,7 @@ class Pool:
             held, free = [] if again else self._held, []
             for entry in waiting:
                 # Whether any of the leases lasts that were taken in the meantime.
-                first, last = torch.searchsorted(live, self._begun[entry.places]), entry.leases
+                first, last = torch.searchsorted(live, self._begun[entry.places]), entry.when
                 read = first < torch.searchsorted(live, last)
                 free.append(entry.places[~read])
                 if bool(read.any()):
@@ -97,7 +97,7 @@ class Pool:
             self._grow(used_then)
         kept = len(free) - again
         taken = torch.cat((free[kept:], torch.arange(used, used_then)))
-        self._begun[taken] = self.leases.taken
+        self._begun[taken] = self.leases.now()
         self.room = Room(used_then, free[:kept], pending)
         return taken
 
