@@ -72,22 +72,14 @@ def lint(session: nox.Session) -> None:
 )
 def tests(session: nox.Session, package: str, device: str) -> None:
     """Test an installed wheel, away from its source (what follows -- goes to pytest)."""
-    if package == "tools":
-        suite = TOOLS / "tests"
-        install(session, *everything(session), *group("tools"))
-    else:
-        suite = DISTRIBUTIONS[package].folder / "tests"
-        needed = wheels(session, package, testing=True)
-        # Extras, too: what they make possible is to be tested.
-        needed += DISTRIBUTIONS[package].optional if needed else ()
-        needed += group("parallel") if device == "cpu" else ()
-        install(session, *needed, own_torch=device == "cpu")
-    options = ["--device", "cuda" if device == "gpu" else "cpu"]
-    # Those of the tools start processes of their own, which have to keep time.
-    if package != "tools" and device == "cpu" and session.virtualenv.is_sandboxed:
-        # Each test uses one core; `-- -n0` runs them in one process, as a debugger needs it.
-        options += ["-n", "auto", "--maxprocesses", "4"]
-    run_suite(session, suite, *options)
+    run_tests(session, package, device)
+
+
+@nox.session(tags=["nightly"])
+@nox.parametrize("package", [name for name, device in SUITES if device == "cpu"])
+def slow(session: nox.Session, package: str) -> None:
+    """Run the same tests, and the long ones too."""
+    run_tests(session, package, "cpu", "--slow")
 
 
 @nox.session(tags=["static"])
@@ -239,6 +231,26 @@ def pin(session: nox.Session) -> None:
     options += ["--custom-compile-command", "nox -s pin", "--output-file", str(CONSTRAINTS)]
     groups_of_tools = [argument for name in groups for argument in group(name)]
     uv(session, "pip", "compile", *options, *session.posargs, *sources, *groups_of_tools)
+
+
+def run_tests(session: nox.Session, package: str, device: str, *options: str) -> None:
+    """Test what is installed from a wheel, or the tools."""
+    if package == "tools":
+        suite = TOOLS / "tests"
+        install(session, *everything(session), *group("tools"))
+    else:
+        suite = DISTRIBUTIONS[package].folder / "tests"
+        needed = wheels(session, package, testing=True)
+        # Extras, too: what they make possible is to be tested.
+        needed += DISTRIBUTIONS[package].optional if needed else ()
+        needed += group("parallel") if device == "cpu" else ()
+        install(session, *needed, own_torch=device == "cpu")
+    options += ("--device", "cuda" if device == "gpu" else "cpu")
+    # Those of the tools start processes of their own, which have to keep time.
+    if package != "tools" and device == "cpu" and session.virtualenv.is_sandboxed:
+        # Each test uses one core; `-- -n0` runs them in one process, as a debugger needs it.
+        options += ("-n", "auto", "--maxprocesses", "4")
+    run_suite(session, suite, *options)
 
 
 def run_at_bounds(session: nox.Session, package: str, *, except_for: set[str]) -> None:

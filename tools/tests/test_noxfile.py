@@ -314,5 +314,12 @@ def test_the_lower_bound_of_torch_alone(
 
 def test_what_runs_by_night(copy: Path) -> None:
     names = {session["name"] for session in sessions(copy, "-t", "nightly")}
-    assert names == {"lowest", "lowest_torch", "newest"}
+    assert names == {"lowest", "lowest_torch", "newest", "slow"}
     assert "parity" in {session["name"] for session in sessions(ROOT, "-t", "nightly")}
+
+
+def test_the_long_tests_are_asked_for(noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(noxfile, "run_tests", lambda *arguments: asked.append(arguments))
+    noxfile.slow.func("session", "memformer")
+    assert asked == [("session", "memformer", "cpu", "--slow")]
