@@ -103,7 +103,7 @@ def lost(store: MemoryStore) -> int:
     layout = store._layout
     pool = layout.pool
     there = [layout.table[layout.table >= 0].cpu(), pool.room.free, pool.room.pending]
-    there += [x.places for x in pool._released]
+    there += [x.places for x in (*pool._released, *pool._held)]
     places = torch.cat(there)
     assert len(places.unique()) == len(places)
     assert bool((places < pool.room.used).all())
@@ -159,6 +159,55 @@ def test_at_any_step(
         assert after.same(store)
         assert_answers(store, module, after)
         store.close()
+        step += 1
+    assert step > 2
+
+
+@pytest.mark.parametrize("failure", [Fails, Interrupts])
+def test_graphs_at_any_step(device: torch.device, randn: Randn, failure: Any) -> None:
+    """What a graph reads stays as it was, and is given back when the graph has ended."""
+    module = make_module(HTMAttention, device)
+    queries = randn(3, 2, DIM).requires_grad_()
+
+    def attend(store: MemoryStore) -> Tensor:
+        return store.attend(module, queries)
+
+    def gradient(out: Tensor) -> Tensor:
+        return torch.autograd.grad(out.sum(), queries, retain_graph=True)[0]
+
+    def graph(store: MemoryStore) -> tuple[Tensor, Tensor]:
+        out = attend(store)
+        return out, gradient(out)
+
+    step, failed = 0, True
+    while failed:
+        store, _ = worn_store(randn, device=device)
+        kept, ends, failed = [graph(store)], attend(store), False
+        tokens = [randn(3, CHUNK, DIM, seed=seed) for seed in range(4)]
+        store.append(tokens[0])
+        kept.append(graph(store))
+        store.append(tokens[1])
+        del ends
+        try:
+            with failure(step):
+                attend(store)
+                store.append(tokens[2])
+                store.reset([0])
+        except (MemoryError, KeyboardInterrupt):
+            failed = True
+        for _ in range(3):
+            store.append(tokens[3])
+            lost(store)
+        for out, expected in kept:
+            torch.testing.assert_close(gradient(out), expected, atol=0.0, rtol=0.0)
+        del out
+        kept.clear()
+        pool = store._layout.pool
+        pool.collect()
+        assert pool.leases.live() == []
+        assert pool._held == []
+        if failure is Fails:
+            assert lost(store) == 0
         step += 1
     assert step > 2
 

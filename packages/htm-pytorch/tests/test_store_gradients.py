@@ -373,6 +373,7 @@ def test_a_copy_waits_for_nobody(device: torch.device, randn: Randn) -> None:
     used = places(other)
     overwrite(other, randn)
     assert places(other) == used
+    assert other._layout.pool._held == []
     assert isinstance(out, Tensor)
     out.sum().backward()
 

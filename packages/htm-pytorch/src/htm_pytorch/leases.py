@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import count
 from typing import Any
 from weakref import ref
@@ -11,24 +10,37 @@ import torch
 from torch import Tensor
 
 
+class _Lease(ref[Tensor]):
+    """A reference to what is lent.
+
+    Attributes:
+        when: the time at which it was.
+        version: an empty tensor that shares its version counter.
+    """
+
+    __slots__ = ("version", "when")
+    when: int
+    version: Tensor
+    # One is no other, whatever it refers to.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
 class Leases:
-    """Leases of tokens, which end by themselves, each with the time at which it was taken.
+    """Leases of tokens, which end by themselves.
 
     A lease is a tensor that shares the tokens' memory. It lasts while the tensor or a view of it
     is alive. So a graph that keeps one for its backward pass holds the lease exactly as long as it
     may need the tokens: until that pass has freed them, or until the graph is dropped.
 
-    Several threads may take leases. There is no lock, which an interrupt could leave closed: each
-    change is one operation.
+    Several threads may take leases, and any thread may end one, in the middle of anything. There is
+    no lock, which an interrupt could leave closed: each change is one operation of a set.
     """
 
     def __init__(self) -> None:
         self._clock: count[int] = count()
         self._closed: bool = False
-        # By time. Beside each lease an empty tensor that shares its version counter.
-        self._live: dict[int, tuple[ref[Tensor], Tensor]] = {}
-        # Filled by whichever thread runs a backward pass, in the middle of anything.
-        self._ended: deque[int] = deque()
+        self._live: set[_Lease] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a store has tokens of its own, which nobody has been lent.
@@ -47,29 +59,22 @@ class Leases:
         # No view of the tokens: what is written to them counts as no change of the lease. What a
         # graph reads of it does not change, which autograd cannot know.
         lent = tokens.data
-        version = lent.detach()
-        version.data = version.new_empty(0)
-        ended, now = self._ended, self.now()
-        self._live[now] = ref(lent, lambda _: ended.append(now)), version
+        # It takes itself out, and no line of Python is run for it that could be interrupted.
+        lease = _Lease(lent, self._live.discard)
+        lease.when, lease.version = self.now(), lent.detach()
+        lease.version.data = lent.new_empty(0)
+        self._live.add(lease)
         return lent
-
-    def some_ended(self) -> bool:
-        """Whether leases have ended since `live` was asked for."""
-        return bool(self._ended)
 
     def live(self) -> list[int]:
         """When the leases that last were taken, in order."""
-        while self._ended:
-            # In this order: after an interrupt in between it is done once more.
-            self._live.pop(self._ended[0], None)
-            self._ended.popleft()
-        return sorted(self._live)
+        return sorted(lease.when for lease in list(self._live))
 
     def close(self) -> None:
         """Makes an error of every backward pass that reads what was lent."""
         self._closed = True
-        for _, version in list(self._live.values()):
-            torch.autograd.graph.increment_version(version)
+        for lease in list(self._live):
+            torch.autograd.graph.increment_version(lease.version)
 
     def check(self, _: Tensor) -> None:
         """Raises ValueError if closed: a hook of what was found in a lease, to say it plainly."""

@@ -56,7 +56,8 @@ class MappedPool(Pool):
         read_only: with others, nothing is written; else as the only one.
 
     Attributes:
-        means: (p, d) of chunks. Of those that are not full, what an interrupted process left.
+        means: (p, d) or more, of chunks. Of those that are not full, what an interrupted process
+            left.
         manifest: as it was found.
 
     Raises:
@@ -72,7 +73,8 @@ class MappedPool(Pool):
         self._settings: Settings = settings
         self._path: Path = path
         self._process: int = os.getpid()
-        # Places that a manifest names, the last or one that may have come to the disk since.
+        # Places that a manifest names, the last or one that may have come to the disk since: (p,)
+        # or more.
         self._pinned: Tensor = torch.zeros(0, dtype=torch.bool)
         read_manifest(path)
         if not read_only:
@@ -121,13 +123,15 @@ class MappedPool(Pool):
         self.room = Room(used, free, self.room.pending[:0])
 
     def close(self) -> None:
-        super().close()
-        self.means = self.means[:0].clone()
-        # Another store may write to what was lent.
-        self.leases.close()
-        if not self.is_foreign:
-            unlock(self._lock)
-        self._lock.close()
+        try:
+            super().close()
+            self.means = self.means[:0].clone()
+            # Another store may write to what was lent.
+            self.leases.close()
+        finally:
+            if not self.is_foreign:
+                unlock(self._lock)
+            self._lock.close()
 
     def _freed(self, places: Tensor) -> Room:
         pinned = self._pinned[places]

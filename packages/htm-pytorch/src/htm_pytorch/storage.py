@@ -59,7 +59,9 @@ class Pool:
         # What was given back and not looked at yet, and what was, and is still read.
         self._released: list[Released] = []
         self._held: list[Released] = []
-        # When a place was handed out: (p,).
+        # The leases that lasted when what is held was looked at.
+        self._lasting: list[int] = []
+        # When a place was handed out: (p,) or more.
         self._begun: Tensor = _NONE
 
     @property
@@ -69,23 +71,25 @@ class Pool:
 
     def collect(self) -> Room:
         """Notes as free what nobody reads any more, and returns `room`."""
-        again = self._held if self.leases.some_ended() else []
-        waiting = [*again, *self._released]
+        if not (self._held or self._released):
+            return self.room
+        live = self.leases.live()
+        # What is held waits for leases that lasted then.
+        ended = not set(self._lasting).issubset(live)
+        waiting = [*self._held, *self._released] if ended else self._released
         if waiting:
-            live = torch.tensor(self.leases.live(), dtype=torch.int64)
-            held, free = [] if again else self._held, []
+            times = torch.tensor(live, dtype=torch.int64)
+            held, free = [] if ended else self._held, []
             for entry in waiting:
                 # Whether any of the leases lasts that were taken in the meantime.
-                first, last = torch.searchsorted(live, self._begun[entry.places]), entry.when
-                read = first < torch.searchsorted(live, last)
+                first, last = torch.searchsorted(times, self._begun[entry.places]), entry.when
+                read = first < torch.searchsorted(times, last)
                 free.append(entry.places[~read])
                 if bool(read.any()):
                     held = [*held, entry._replace(places=entry.places[read])]
             room = self._freed(torch.cat(free))
             # In this order: an interrupt in between loses places, and gives none out twice.
-            self._released = []
-            self._held = held
-            self.room = room
+            self._released, self._held, self.room, self._lasting = [], held, room, live
         return self.room
 
     def take(self, n: int) -> Tensor:
