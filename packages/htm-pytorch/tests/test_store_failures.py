@@ -19,6 +19,8 @@ from htm_pytorch import HTMAttention, MemoryStore, mapped, storage
 from shared_core.testing import Randn
 
 CAPACITY = 2 * CHUNK
+# Each step takes half a minute in all, which is for the night.
+strides = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 SOURCES = str(Path(htm_pytorch.__file__).parent)
 POOLS = (storage.__file__, mapped.__file__)
 
@@ -110,6 +112,7 @@ def lost(store: MemoryStore) -> int:
     return pool.room.used - len(places)
 
 
+@strides
 @pytest.mark.parametrize("in_files", [False, True])
 @pytest.mark.parametrize("name", ACTIONS)
 @pytest.mark.parametrize("failure", [Fails, Interrupts])
@@ -120,6 +123,7 @@ def test_at_any_step(
     failure: Any,
     name: str,
     in_files: bool,
+    stride: int,
 ) -> None:
     """All of it was done, or nothing; what comes after finds a store in order."""
     if in_files and device.type != "cpu":
@@ -159,12 +163,13 @@ def test_at_any_step(
         assert after.same(store)
         assert_answers(store, module, after)
         store.close()
-        step += 1
-    assert step > 2
+        step += stride
+    assert step > 2 * stride
 
 
+@strides
 @pytest.mark.parametrize("failure", [Fails, Interrupts])
-def test_graphs_at_any_step(device: torch.device, randn: Randn, failure: Any) -> None:
+def test_graphs_at_any_step(device: torch.device, randn: Randn, failure: Any, stride: int) -> None:
     """What a graph reads stays as it was, and is given back when the graph has ended."""
     module = make_module(HTMAttention, device)
     queries = randn(3, 2, DIM).requires_grad_()
@@ -208,8 +213,8 @@ def test_graphs_at_any_step(device: torch.device, randn: Randn, failure: Any) ->
         assert pool._held == []
         if failure is Fails:
             assert lost(store) == 0
-        step += 1
-    assert step > 2
+        step += stride
+    assert step > 2 * stride
 
 
 @pytest.mark.parametrize("in_files", [False, True])
